@@ -1,0 +1,267 @@
+"""What users write, the listener's name on the wire, and binding one fresh.
+
+On the wire an address reads as Volo prints it: ``127.0.0.1:8000``, ``[::1]:8000``,
+``/run/app.sock``. An abstract Unix socket, which Volo has not, reads ``@name``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import stat
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hotrestart_plugins.errors import AddressError
+
+MAX_UNIX_PATH = 107
+"""Bytes of a Unix socket's path: sun_path has 108, one ends it (unix(7))."""
+
+DEFAULT_BACKLOG = 2048
+"""Connections that may wait in a listener; uvicorn's and gunicorn's own default."""
+
+_HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>\d+))?")
+_PROC_NET_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, proc(5)
+_UCRED = struct.Struct("=iII")  # struct ucred, unix(7)
+_SO_COOKIE = 57  # asm-generic/socket.h; the socket module does not name it
+
+
+@dataclass(frozen=True)
+class Address:
+    """One listener's address: numeric and resolved, or a path."""
+
+    family: socket.AddressFamily
+    host: str
+    """An IP address in its shortest form, a scope behind ``%``; for AF_UNIX the absolute path,
+    or ``@name``."""
+    port: int = 0
+
+    @property
+    def name(self) -> str:
+        """The address on the wire, and in every log line."""
+        if self.family == socket.AF_UNIX:
+            return self.host
+        if self.family == socket.AF_INET6:
+            return f"[{self.host}]:{self.port}"
+        return f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def path(self) -> str | None:
+        """The file of a Unix listener; None for TCP and abstract sockets."""
+        if self.family == socket.AF_UNIX and not self.host.startswith("@"):
+            return self.host
+        return None
+
+    @property
+    def sockaddr(self) -> tuple[object, ...] | str:
+        """What bind(2) takes."""
+        if self.family == socket.AF_UNIX:
+            return "\0" + self.host[1:] if self.host.startswith("@") else self.host
+        if self.family == socket.AF_INET6:
+            host, _, scope = self.host.partition("%")
+            return host, self.port, 0, int(scope or 0)
+        return self.host, self.port
+
+    def is_of(self, other: Address) -> bool:
+        """Whether a listener bound to `other` is what this address asks for; port 0 takes any."""
+        return other == (replace(self, port=other.port) if not self.port else self)
+
+
+def unix(path: str) -> Address:
+    """The address of a Unix socket; ``@name`` is abstract. Relative paths start here and now."""
+    if not path or path == "@":
+        raise AddressError(f"{path!r} is no Unix socket path: give unix:/run/app.sock")
+    if "\0" in path:
+        raise AddressError(f"{path!r} holds a NUL byte: write an abstract socket as unix:@name")
+    whole = path if path.startswith("@") else os.path.abspath(path)
+    size = len(os.fsencode(whole))
+    if size > MAX_UNIX_PATH:
+        raise AddressError(
+            f"{whole} is {size} bytes long, a Unix socket's path may have {MAX_UNIX_PATH}: "
+            "choose a shorter one"
+        )
+    return Address(socket.AF_UNIX, whole)
+
+
+def resolve(host: str, port: int) -> list[Address]:
+    """Every address that `host` stands for, '' for all interfaces; IPv4 first, each once.
+
+    Raises AddressError if the name does not resolve or the port is none.
+    """
+    if not 0 <= port <= 65535:
+        raise AddressError(f"port {port} is not between 0 and 65535")
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise AddressError(f"{host!r} is no address of this machine: {error}") from None
+    known = (socket.AF_INET, socket.AF_INET6)
+    addresses = [_internet(family, where) for family, _, _, _, where in found if family in known]
+    if not addresses:
+        raise AddressError(f"{host!r} has neither an IPv4 nor an IPv6 address")
+    return sorted(dict.fromkeys(addresses), key=lambda address: known.index(address.family))
+
+
+def parse(text: str, *, default_port: int = 8000) -> list[Address]:
+    """What a user writes: ``host:port``, ``[v6]:port``, ``:port``, ``unix:PATH``, ``unix:@name``.
+
+    A host name stands for every address it resolves to. Raises AddressError.
+    """
+    if text.startswith("unix:"):
+        return [unix(text[len("unix:") :])]
+    match = _HOST_PORT.fullmatch(text)
+    if not text or match is None:
+        raise AddressError(
+            f"{text!r} is no address: give host:port, [v6]:port, unix:PATH or fd://N"
+        )
+    host = match["v6"] if match["v6"] is not None else match["host"]
+    return resolve(host, int(match["port"] or default_port))
+
+
+def of_socket(sock: socket.socket) -> Address:
+    """The address that a socket is bound to, by the kernel's word."""
+    where = sock.getsockname()
+    if sock.family != socket.AF_UNIX:
+        return _internet(sock.family, where)
+    if isinstance(where, bytes):  # an abstract name comes as bytes, a NUL in front
+        return Address(socket.AF_UNIX, "@" + os.fsdecode(where[1:]))
+    return Address(socket.AF_UNIX, os.path.abspath(where) if where else "")
+
+
+def _internet(family: int, where: tuple[Any, ...]) -> Address:
+    host = str(where[0]).partition("%")[0]
+    if family == socket.AF_INET6 and where[3]:
+        host = f"{host}%{where[3]}"
+    return Address(socket.AddressFamily(family), host, int(where[1]))
+
+
+def is_listening(sock: socket.socket) -> bool:
+    """Whether it is a stream socket that listens."""
+    return sock.type == socket.SOCK_STREAM and bool(
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    )
+
+
+def same_socket(one: socket.socket, other: socket.socket) -> bool:
+    """Whether two descriptors are one and the same socket (SO_COOKIE)."""
+    cookies = [sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8) for sock in (one, other)]
+    return cookies[0] == cookies[1]
+
+
+def bind_fresh(
+    address: Address,
+    *,
+    backlog: int = DEFAULT_BACKLOG,
+    mode: int | None = None,
+    v6only: bool | None = None,
+) -> socket.socket:
+    """A new listener; the caller owns it. Non-blocking, close-on-exec, listening.
+
+    A Unix socket file that nobody listens on is replaced; `mode` are the permissions of the new
+    one (None: those that the replaced file had, else what the umask leaves). `v6only` None leaves
+    it to the system whether ``[::]`` takes IPv4 as well.
+    Raises AddressError, which names the process that holds the address, if one can be found.
+    """
+    # The protocol is named: asyncio sets TCP_NODELAY only where socket.proto says TCP.
+    protocol = 0 if address.family == socket.AF_UNIX else socket.IPPROTO_TCP
+    try:
+        sock = socket.socket(address.family, socket.SOCK_STREAM, protocol)
+    except OSError as error:
+        raise AddressError(f"cannot listen on {address}: {error.strerror}") from error
+    try:
+        sock.setblocking(False)
+        if address.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if address.family == socket.AF_INET6 and v6only is not None:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
+        if address.path is not None:
+            found = _clear_the_way(address.path)
+            mode = mode if mode is not None else found
+        sock.bind(address.sockaddr)
+        if address.path is not None and mode is not None:
+            os.chmod(address.path, mode)
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressError(f"{address} is taken by {holder(address)}") from error
+        raise AddressError(f"cannot listen on {address}: {error.strerror or error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _clear_the_way(path: str) -> int | None:
+    """Remove a socket file that nobody listens on; the permissions it had, or None for no file.
+
+    Raises AddressError if the file is no socket, OSError EADDRINUSE if somebody listens.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISSOCK(found.st_mode):
+        raise AddressError(f"{path} exists and is no socket: remove it or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return stat.S_IMODE(found.st_mode)
+        except BlockingIOError:
+            pass  # its queue is full: somebody listens
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def holder(address: Address) -> str:
+    """Which process listens there, as far as this user may see: 'pid 123' or 'another process'."""
+    pid = _unix_holder(address) if address.family == socket.AF_UNIX else _tcp_holder(address)
+    return f"pid {pid}" if pid else "another process"
+
+
+def _unix_holder(address: Address) -> int:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
+    ):
+        probe.setblocking(False)
+        probe.connect(address.sockaddr)
+        # The credentials of whoever called listen(2), unix(7) SO_PEERCRED.
+        pid, _uid, _gid = _UCRED.unpack(
+            probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
+        return int(pid)
+    return 0
+
+
+def _tcp_holder(address: Address) -> int:
+    """The pid of a process that holds a listener on this port, or 0."""
+    inodes: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                port = int(fields[1].rpartition(":")[2], 16)
+                if fields[3] == _PROC_NET_LISTEN and port == address.port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            for entry in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(entry) in inodes:
+                        return int(process.name)
+    return 0

@@ -1,0 +1,69 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    HotRestartError
+    ├── ConfigurationError          yours to mend: an option, an address, a directory
+    │   ├── AddressError            an address that is none, or cannot be bound
+    │   └── MeetingPlaceError       a meeting directory that cannot be trusted or used
+    ├── MessageError                bytes from the other side that are no message
+    └── TakeoverError               the takeover did not happen; the parent serves on
+        ├── Busy                    another takeover is under way
+        ├── NoAnswer                the parent lives, but did not answer in time
+        ├── ParentGone              the parent ended in the middle of the takeover
+        ├── WrongPeer               somebody else answered, or asked
+        ├── WrongDescriptor         what came is not the listener that was asked for
+        └── NotReady                the app did not start, or not in time
+
+Each is one line: what, its value, and the way out.
+"""
+
+from __future__ import annotations
+
+
+class HotRestartError(Exception):
+    """The root: catch this to catch all of them."""
+
+
+class ConfigurationError(HotRestartError):
+    """A setting that cannot work; starting again without a change fails again."""
+
+
+class AddressError(ConfigurationError):
+    """An address that cannot be understood or bound."""
+
+
+class MeetingPlaceError(ConfigurationError):
+    """The meeting directory cannot be made, trusted or used."""
+
+
+class MessageError(HotRestartError):
+    """A datagram that is none of the three messages. The receiver drops it and goes on."""
+
+
+class TakeoverError(HotRestartError):
+    """This instance could not take over. The running one goes on serving; try again."""
+
+
+class Busy(TakeoverError):
+    """Another instance was taking over for longer than this one would wait."""
+
+
+class NoAnswer(TakeoverError):
+    """The parent lives but did not answer within the deadline."""
+
+
+class ParentGone(TakeoverError):
+    """The parent ended before it had answered. `HotRestart` itself recovers from this."""
+
+
+class WrongPeer(TakeoverError):
+    """The kernel names a user as the sender that is neither this one nor root."""
+
+
+class WrongDescriptor(TakeoverError):
+    """A descriptor came that is no listening stream socket, or is bound elsewhere."""
+
+
+class NotReady(TakeoverError):
+    """The app failed to start, or was not ready within the ready timeout."""

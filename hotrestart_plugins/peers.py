@@ -1,0 +1,88 @@
+"""The other side: who may speak, the child that a parent watches, the listeners held for it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+from typing import Any, Protocol
+
+from hotrestart_plugins.errors import WrongPeer
+from hotrestart_plugins.rendezvous import Claim
+from hotrestart_plugins.transport import Sender
+
+
+class Logger(Protocol):
+    """What is needed of a logger: the standard one's methods, gunicorn's have them too."""
+
+    def debug(self, msg: str, *args: Any) -> None:
+        """Each listener."""
+
+    def info(self, msg: str, *args: Any) -> None:
+        """Each step."""
+
+    def warning(self, msg: str, *args: Any) -> None:
+        """What went otherwise."""
+
+    def error(self, msg: str, *args: Any) -> None:
+        """What somebody has to look at."""
+
+
+def check_sender(sender: Sender) -> None:
+    """Raise WrongPeer unless the kernel names this user or root as the sender."""
+    if sender.uid not in (0, os.geteuid()):
+        raise WrongPeer(f"pid {sender.pid} runs as uid {sender.uid}, not as {os.geteuid()} or root")
+
+
+class Child:
+    """The process that asks this one for its listeners. Owns a pidfd of it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.given: set[str] = set()
+        """The addresses whose listeners it was given."""
+        self._pidfd = -1
+        self._gone = False
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError as error:  # ESRCH; or a pid of 0, from another pid namespace
+            self._gone = error.errno == errno.ESRCH
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable when the process ends; -1 if there is none."""
+        return self._pidfd
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs; True where that cannot be known."""
+        if self._pidfd >= 0 and not self._gone:
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            self._gone = bool(poll.poll(0))
+        return not self._gone
+
+    def close(self) -> None:
+        """Close the pidfd."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+class Held:
+    """One registered listener. Owns a duplicate of the descriptor that was registered."""
+
+    def __init__(self, fd: int, path: str | None) -> None:
+        """`path`: the file of a Unix listener. Raises OSError if `fd` is not open."""
+        self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        self.claim: Claim | None = None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                self.claim = Claim(path)
+
+    def close(self) -> None:
+        """Close the duplicate."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,553 @@
+"""HotRestart: the roles of an instance, and one takeover from either side.
+
+The host, be it asyncio, gunicorn's arbiter or a plain loop, owns the waiting. It waits until
+`HotRestart.fileno()` is readable and calls `HotRestart.handle()`; no thread and no loop runs here.
+One object serves one thread. After a fork the child's copy is closed by itself and nothing of the
+other process's is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import logging
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from hotrestart_plugins import address as addresses
+from hotrestart_plugins.address import Address
+from hotrestart_plugins.errors import (
+    AddressError,
+    ConfigurationError,
+    HotRestartError,
+    MeetingPlaceError,
+    MessageError,
+    NoAnswer,
+    ParentGone,
+    WrongDescriptor,
+    WrongPeer,
+)
+from hotrestart_plugins.inquiry import Inquiry
+from hotrestart_plugins.peers import Child, Held, Logger, check_sender
+from hotrestart_plugins.rendezvous import CHILD_SOCKET, Claim, MeetingPlace
+from hotrestart_plugins.transport import SLICE, Endpoint, Packet, Sender
+from hotrestart_plugins.wire import PassFdRequest, PassFdResponse, TerminateParentRequest, parse
+
+_BATCH = 64  # datagrams that one handle() reads, so that a flood cannot starve the host's loop
+_LOUD_DROPS = 5  # datagrams in a row that are complained of aloud; the rest at debug level
+_T = TypeVar("_T")
+
+
+class Role(enum.Enum):
+    """Where in its life an instance is."""
+
+    NEW = "new"
+    CHILD = "child"  # found a parent, and is taking over from it
+    FIRST = "first parent"  # found nobody, and is not ready yet
+    PARENT = "parent"  # serves, and answers who asks
+    REPLACED = "replaced"  # was told to go: drains, and stands by
+    CLOSED = "closed"
+
+
+class Moment(enum.Enum):
+    """When the parent is told to go."""
+
+    READY = "ready"
+    """At `HotRestart.ready()`."""
+    INHERITED = "inherited"
+    """As soon as every listener was asked for, ready or not: what Volo does."""
+
+
+class After(enum.Enum):
+    """What the end of the child means to the instance that it took over from, or would have."""
+
+    NOTHING = "nothing"
+    """This instance serves: the child died before it had taken over."""
+    RESUME = "resume"
+    """Nobody serves: accept again. The parent socket is this instance's again."""
+    LEAVE = "leave"
+    """Somebody else serves, or the successor was stopped on purpose."""
+
+
+_alive: weakref.WeakSet[HotRestart] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for hot in list(_alive):
+        hot.disown()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class HotRestart:
+    """One instance's part in the handing over of listeners."""
+
+    def __init__(
+        self,
+        *,
+        takeover_timeout: float = 30.0,
+        moment: Moment = Moment.READY,
+        logger: Logger | None = None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        `takeover_timeout`: seconds to wait for this instance's turn, and for each answer.
+        """
+        self.role = Role.NEW
+        self.child: Child | None = None
+        """Who is taking over from this instance, or has. Owned here."""
+        self.takeover_timeout = takeover_timeout
+        self.parent_pid = 0
+        """The pid of the instance taken over from, once it has answered; 0 if there is none."""
+        self._moment = moment
+        self._log: Logger = logger or logging.getLogger("hotrestart")
+        self._place: MeetingPlace | None = None
+        self._inquiry: Inquiry | None = None
+        self._endpoint: Endpoint | None = None
+        self._claim: Claim | None = None
+        self._held: dict[str, Held] = {}
+        self._expected = 0
+        self._asked: set[str] = set()
+        self._inherited: set[str] = set()
+        self._drops = 0
+
+    # -- the child's side ----------------------------------------------------------------------
+
+    def initialize(self, sock_dir: str | os.PathLike[str], listener_num: int = 0) -> Role:
+        """Meet in `sock_dir`: become the child of who serves there, or the first parent.
+
+        `listener_num` is how many listeners this instance will have; 0: not told, and then
+        `Moment.INHERITED` cannot be reached. Waits for its turn, `takeover_timeout` seconds at
+        most. Raises MeetingPlaceError, Busy, NoAnswer; leaves nothing open then.
+        """
+        if self.role is not Role.NEW:
+            return self.role
+        place = MeetingPlace(Path(sock_dir))
+        deadline = time.monotonic() + self.takeover_timeout
+        with contextlib.ExitStack() as undo:
+            undo.callback(place.close)
+            try:
+                place.lock(self.takeover_timeout)
+                endpoint, claim = place.bind_child(max(0.0, deadline - time.monotonic()))
+            except OSError as error:
+                raise _unusable(place, error) from error
+            inquiry = Inquiry(place, endpoint, claim, self.takeover_timeout)
+            undo.callback(inquiry.close)
+            found = self._find_parent(place, endpoint, deadline)
+            undo.pop_all()
+        self._place, self._expected = place, listener_num
+        _alive.add(self)
+        if found:
+            self._inquiry = inquiry
+            self.role = Role.CHILD
+            self._log.debug("An instance serves in %s: taking over from it", place.directory)
+        else:
+            inquiry.close()
+            self.role = Role.FIRST
+            self._log.debug("Nobody serves in %s", place.directory)
+            if self._moment is Moment.INHERITED:
+                self._serve(lambda: None)
+        return self.role
+
+    def _find_parent(self, place: MeetingPlace, endpoint: Endpoint, deadline: float) -> bool:
+        """Connect to the parent; wait for one that stands by to take its name back."""
+        while not place.connect_to_parent(endpoint):
+            pid = place.standing_by()
+            if not pid:
+                return False
+            if time.monotonic() >= deadline:
+                raise NoAnswer(f"pid {pid} stands by to serve again, but has not in time")
+            time.sleep(SLICE / 10)
+        return True
+
+    def dup_parent_listener_sock(self, addr: str | Address) -> socket.socket | None:
+        """The parent's listener bound to `addr`, or None: bind it fresh.
+
+        None where this instance is the first, where the parent has no such listener, and where
+        the parent has died meanwhile. The caller owns the socket: it has its own family and
+        protocol, is non-blocking and close-on-exec. Register it under `addr`, or the next
+        instance cannot have it.
+
+        Raises WrongDescriptor, WrongPeer, NoAnswer; the parent is undisturbed by each.
+        """
+        wanted = addr if isinstance(addr, Address) else _address_of(addr)
+        if self._inquiry is None:
+            return None
+        try:
+            sock = self._inquiry.ask(wanted)
+        except ParentGone:
+            self._parent_gone()
+            return None
+        self.parent_pid = self._inquiry.parent_pid
+        self._asked.add(wanted.name)
+        if sock is None:
+            self._log.debug("pid %s has no listener on %s", self.parent_pid, wanted)
+        else:
+            self._inherited.add(wanted.name)
+            self._log.debug("Inherited %s from pid %s", wanted, self.parent_pid)
+        if self._moment is Moment.INHERITED and len(self._asked) == self._expected:
+            self._take_over(self._inquiry)
+        return sock
+
+    def _parent_gone(self) -> None:
+        """Nobody to take over from any more: what was inherited lives on here."""
+        self._log.warning(
+            "The instance taken over from (pid %s) has ended; this one goes on alone",
+            self.parent_pid or "unknown",
+        )
+        self._close_inquiry()
+        self.role = Role.FIRST
+
+    def listen(
+        self,
+        wanted: Iterable[str | Address],
+        *,
+        backlog: int = addresses.DEFAULT_BACKLOG,
+        mode: int | None = None,
+        v6only: bool | None = None,
+    ) -> list[socket.socket]:
+        """A listener for each address, inherited or bound fresh: all, or an error and none.
+
+        Registers each; the caller owns the sockets. `backlog`, `mode` and `v6only` are for those
+        bound fresh, see `address.bind_fresh`. Raises AddressError, or what
+        `dup_parent_listener_sock` raises; the parent is undisturbed then.
+        """
+        sought = [one if isinstance(one, Address) else _address_of(one) for one in wanted]
+        with contextlib.ExitStack() as undo:
+            made: list[socket.socket] = []
+            for one in sought:
+                sock = self.dup_parent_listener_sock(one)
+                if sock is None:
+                    sock = self._bind(one, backlog, mode, v6only=v6only)
+                    if one.path is not None:
+                        undo.callback(Claim(one.path).release)
+                undo.callback(sock.close)
+                made.append(sock)
+                self.register_listener_fd(one.name, sock.fileno())
+                undo.callback(self._forget, one.name)
+            undo.pop_all()
+        return made
+
+    def _bind(
+        self, one: Address, backlog: int, mode: int | None, *, v6only: bool | None
+    ) -> socket.socket:
+        try:
+            return addresses.bind_fresh(one, backlog=backlog, mode=mode, v6only=v6only)
+        except AddressError as error:
+            cause = error.__cause__
+            if self._place is None or getattr(cause, "errno", None) != errno.EADDRINUSE:
+                raise
+            raise AddressError(
+                f"{error}, which is not to be reached in {self._place.directory}: stop it, or "
+                "pass the --hot-restart-dir that it was started with"
+            ) from cause
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Register a listener that was not made here: systemd's, or one from the command line.
+
+        The caller keeps the socket. Raises WrongDescriptor if it does not listen, or if the
+        parent serves the same address on another socket, whose clients would be lost.
+        """
+        if not addresses.is_listening(sock):
+            raise WrongDescriptor(f"descriptor {sock.fileno()} is no listening stream socket")
+        bound = addresses.of_socket(sock)
+        theirs = self.dup_parent_listener_sock(bound)
+        if theirs is not None:
+            with theirs:
+                if not addresses.same_socket(sock, theirs):
+                    raise WrongDescriptor(
+                        f"descriptor {sock.fileno()} is bound to {bound}, but pid "
+                        f"{self.parent_pid} serves that address on another socket: stop it first"
+                    )
+        self.register_listener_fd(bound.name, sock.fileno())
+
+    def register_listener_fd(self, addr: str, fd: int) -> None:
+        """Hand `fd` to whoever asks for `addr`. A duplicate is kept; `fd` stays the caller's."""
+        path = _address_of(addr).path if addr.startswith("/") else None
+        held = Held(fd, path)
+        self._forget(addr)
+        self._held[addr] = held
+
+    def _forget(self, name: str) -> None:
+        held = self._held.pop(name, None)
+        if held is not None:
+            held.close()
+
+    @property
+    def inherited(self) -> frozenset[str]:
+        """The addresses whose listeners came from the parent."""
+        return frozenset(self._inherited)
+
+    @property
+    def listeners(self) -> tuple[str, ...]:
+        """The addresses that are registered."""
+        return tuple(self._held)
+
+    # -- becoming the parent -------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """This instance serves: answer from now on, and tell the parent, if any, to go.
+
+        Raises ConfigurationError if fewer listeners are registered than were announced, and
+        NoAnswer if the parent cannot be told; the parent has its name back then. Calling it again
+        does nothing.
+        """
+        if self.role not in (Role.CHILD, Role.FIRST):
+            return
+        if len(self._held) < self._expected:
+            raise ConfigurationError(
+                f"ready with {len(self._held)} of {self._expected} listeners: register the others"
+            )
+        if self._inquiry is not None:
+            self._take_over(self._inquiry)
+        else:
+            self._serve(lambda: None)
+
+    def _take_over(self, inquiry: Inquiry) -> None:
+        inquiry.check()
+
+        def tell() -> None:
+            if inquiry.tell_to_go():
+                self._log.info("Took over from pid %s", self.parent_pid)
+            else:
+                self._log.warning("pid %s had ended before it was told to go", self.parent_pid)
+
+        self._serve(tell)
+        self._close_inquiry()
+        _open(self._place).unlock()
+
+    def _serve(self, tell: Callable[[], None]) -> None:
+        place = _open(self._place)
+        try:
+            self._endpoint, self._claim = place.claim_parent(tell)
+        except OSError as error:
+            raise _unusable(place, error) from error
+        self.role = Role.PARENT
+        if self._inquiry is None:
+            place.unlock()
+
+    # -- the parent's side ---------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """The parent socket's descriptor: when it is readable, call `handle`. -1: none."""
+        return -1 if self._endpoint is None else self._endpoint.fileno()
+
+    def handle(self) -> bool:
+        """Answer what has come, without waiting; whether there may be more.
+
+        Look at `role` afterwards: `Role.REPLACED` means stop accepting, drain, and stand by. Look
+        at `child`: once there is one, watch it. Never raises for anything that was received.
+        """
+        if self._endpoint is None:
+            return False
+        for _ in range(_BATCH):
+            packet = self._endpoint.receive()
+            if packet is None:
+                return False
+            try:
+                self._handle(packet)
+            except HotRestartError as error:
+                self._drop(packet.sender, str(error))
+            finally:
+                packet.close()
+        return True
+
+    def _handle(self, packet: Packet) -> None:
+        if packet.fault:
+            raise MessageError(packet.fault)
+        check_sender(packet.sender)
+        message = parse(packet.data)
+        if packet.fd >= 0:
+            raise MessageError("a descriptor that nobody asked for")
+        if os.path.basename(packet.sender.path) != CHILD_SOCKET:
+            raise WrongPeer("a message that does not come from the child socket")
+        if isinstance(message, PassFdRequest):
+            self._respond(message.address, packet.sender.pid)
+        elif isinstance(message, TerminateParentRequest):
+            self._terminate(packet.sender.pid)
+        else:
+            raise MessageError("an answer to a question that was not asked")
+        self._drops = 0
+
+    def _drop(self, sender: Sender, why: str) -> None:
+        self._drops += 1
+        log = self._log.warning if self._drops <= _LOUD_DROPS else self._log.debug
+        log("Dropped a datagram from pid %s: %s", sender.pid, why)
+
+    def _respond(self, name: str, pid: int) -> None:
+        if self.role is not Role.PARENT:
+            raise WrongPeer(f"a request for {name} after this instance was replaced")
+        if self.child is None or self.child.pid != pid:
+            self.forget_child()
+            self.child = Child(pid)
+            with contextlib.suppress(OSError):
+                _open(self._place).stand_by()
+            self._log.info("pid %s asks for this instance's listeners", pid)
+        held = self._held.get(name)
+        try:
+            _open(self._endpoint).send(
+                PassFdResponse().serialize(),
+                fd=held.fd if held is not None else -1,
+                to=_open(self._place).child_path,
+            )
+        except OSError as error:
+            self._log.warning("pid %s cannot be answered for %s: %s", pid, name, error.strerror)
+            return
+        if held is not None:
+            self.child.given.add(name)
+        self._log.debug("Answered pid %s for %s: %s", pid, name, "given" if held else "none")
+
+    def _terminate(self, pid: int) -> None:
+        if self.role is not Role.PARENT:
+            return
+        if self.child is None or self.child.pid != pid:
+            raise WrongPeer(f"pid {pid} wants this instance to go, but never asked for a listener")
+        self.role = Role.REPLACED
+        self._log.info("pid %s has taken over", pid)
+
+    def forget_child(self) -> None:
+        """Stop watching the child."""
+        if self.child is not None:
+            self.child.close()
+            self.child = None
+
+    def child_ended(self) -> After:
+        """The child's pidfd is readable: what that means, and on `After.RESUME` take back.
+
+        A dead parent socket at the name says that the successor crashed; no socket, that it was
+        stopped on purpose; a live one, that somebody serves.
+        """
+        pid = self.child.pid if self.child is not None else 0
+        self.forget_child()
+        place = _open(self._place)
+        if self.role is Role.PARENT:
+            if self._claim is None or not self._claim.holds():
+                self._take_back(place)  # it died between claiming the name and saying so
+            place.stand_down()
+            self._log.warning("pid %s ended before it had taken over; serving on", pid)
+            return After.NOTHING
+        if place.parent_answers() or not os.path.lexists(place.parent_path):
+            self.stand_down()
+            return After.LEAVE
+        self._take_back(place)
+        place.stand_down()
+        self._log.error("pid %s died after it had taken over: this instance serves again", pid)
+        return After.RESUME
+
+    def _take_back(self, place: MeetingPlace) -> None:
+        try:
+            endpoint, claim = place.claim_parent(lambda: None)
+        except OSError as error:
+            # Serving matters more than being found: the next instance will say what is wrong.
+            self._log.error("The parent socket cannot be taken back: %s", error)
+            return
+        self._close_endpoint()
+        self._endpoint, self._claim = endpoint, claim
+        self.role = Role.PARENT
+
+    def stand_down(self) -> None:
+        """The rollback window is over: no longer take the name back."""
+        if self._place is not None:
+            with contextlib.suppress(OSError):
+                self._place.stand_down()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self, *, crashed: bool = False) -> None:
+        """Close every descriptor; unlink what is this instance's own and nobody else's.
+
+        Unix listeners' paths go if no other instance has the listener. `crashed`: this instance
+        fails rather than ends on purpose, so one that stands by shall serve again: the dead
+        parent socket stays as the sign of it.
+        """
+        if self.role in (Role.NEW, Role.CLOSED):
+            return
+        for name, held in self._held.items():
+            if held.claim is not None and self._is_last(name):
+                held.claim.release()
+            held.close()
+        self._held.clear()
+        if crashed:
+            self._claim = None
+        self._close_inquiry()
+        self._close_endpoint()
+        self.forget_child()
+        _open(self._place).close()
+        self._place = None
+        self.role = Role.CLOSED
+        _alive.discard(self)
+
+    def _is_last(self, name: str) -> bool:
+        """Whether no other instance holds, or will need, the listener."""
+        if self.role is Role.CHILD and name in self._inherited:
+            return not _open(self._place).parent_answers()
+        if self.child is not None and name in self.child.given:
+            return self.role is not Role.REPLACED and not self.child.alive
+        return True
+
+    def _close_inquiry(self) -> None:
+        if self._inquiry is not None:
+            self._inquiry.close()
+            self._inquiry = None
+
+    def _close_endpoint(self) -> None:
+        if self._claim is not None and self.role is not Role.REPLACED:
+            self._claim.release()
+        self._claim = None
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+
+    def disown(self) -> None:
+        """In a forked child: close the copies; names and locks are the other process's.
+
+        Called by itself after each fork.
+        """
+        for held in self._held.values():
+            held.close()
+        self._held.clear()
+        if self._inquiry is not None:
+            self._inquiry.disown()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        self._inquiry = self._endpoint = self._claim = None
+        self.forget_child()
+        if self._place is not None:
+            self._place.close()
+            self._place = None
+        self.role = Role.CLOSED
+
+
+def _address_of(text: str) -> Address:
+    """The address of a name on the wire, or of what a user writes if it names only one."""
+    if text.startswith(("/", "@")):
+        return addresses.unix(text)
+    found = addresses.parse(text)
+    if len(found) > 1:
+        names = ", ".join(str(one) for one in found)
+        raise AddressError(f"{text} stands for several addresses, ask for each: {names}")
+    return found[0]
+
+
+def _unusable(place: MeetingPlace, error: OSError) -> MeetingPlaceError:
+    return MeetingPlaceError(
+        f"{place.directory} cannot be used to meet in: {error.strerror}: "
+        "pass another --hot-restart-dir"
+    )
+
+
+def _open(thing: _T | None) -> _T:
+    if thing is None:
+        raise ConfigurationError("call initialize() first, and nothing after close()")
+    return thing
+
+
+DEFAULT_HOT_RESTART = HotRestart()
+"""The process-wide instance."""

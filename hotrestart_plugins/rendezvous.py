@@ -1,0 +1,303 @@
+"""The meeting directory: where two instances find each other, and how they keep order there.
+
+::
+
+    volo_hot_restart_parent.sock   whoever serves answers here; claimed by rename, never unbound
+    volo_hot_restart_child.sock    whoever takes over asks from here, one at a time
+    lock                           byte 0: who takes over; byte 1+pid: who stands by (rollback)
+    new.PID                        a parent socket on its way to its name
+
+Locks are POSIX record locks: the kernel frees them when their process dies, a forked worker never
+holds one, and F_GETLK tells whose they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+import time
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+
+from hotrestart_plugins.address import MAX_UNIX_PATH, Address
+from hotrestart_plugins.errors import Busy, MeetingPlaceError
+from hotrestart_plugins.transport import Endpoint
+
+PARENT_SOCKET = "volo_hot_restart_parent.sock"  # Volo 0.12.3, HOT_RESTART_PARENT_ADDR
+CHILD_SOCKET = "volo_hot_restart_child.sock"  # Volo 0.12.3, HOT_RESTART_CHILD_ADDR
+LOCK = "lock"
+_ASIDE = "new."
+
+_FLOCK = struct.Struct("@hhqqi")  # struct flock, fcntl(2): type, whence, start, len, pid
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_LOCK_PAUSE = 0.02  # seconds between two tries: POSIX locks have no wait with a deadline
+
+_locked_here: set[tuple[int, int]] = set()  # POSIX locks never conflict within one process
+
+
+def default_directory(first: Address) -> Path:
+    """Where instances serving `first` meet: one place for a login shell and a service manager."""
+    uid = os.geteuid()
+    base = Path("/run/hotrestart") if uid == 0 else Path(f"/tmp/hotrestart-{uid}")
+    name = urllib.parse.quote(first.name, safe="[]:@,+=~")
+    room = MAX_UNIX_PATH - len(os.fsencode(base)) - len(PARENT_SOCKET) - 2
+    if len(name) > room:
+        digest = hashlib.sha256(os.fsencode(first.name)).hexdigest()[:16]
+        name = f"{name[: room - len(digest) - 1]}-{digest}"
+    return base / name
+
+
+class MeetingPlace:
+    """One meeting directory, checked, and this process's locks in it.
+
+    Owns the descriptor of the lock file. Opening it again elsewhere in the process and closing
+    that would free the locks: fcntl(2), so nobody else touches the file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Make the directory if it is missing, check it, open the lock file.
+
+        Raises MeetingPlaceError if it cannot be made, used or trusted.
+        """
+        self.directory = Path(os.path.abspath(directory))
+        self.parent_path = str(self.directory / PARENT_SOCKET)
+        self.child_path = str(self.directory / CHILD_SOCKET)
+        size = len(os.fsencode(self.parent_path))
+        if size > MAX_UNIX_PATH:
+            raise MeetingPlaceError(
+                f"{self.directory} is too long a path: {PARENT_SOCKET} in it makes {size} bytes, "
+                f"{MAX_UNIX_PATH} fit: pass a shorter --hot-restart-dir"
+            )
+        try:
+            _make(self.directory)
+            for level in _levels(self.directory):
+                _check(level)
+            self._lock_fd = os.open(
+                self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+        except OSError as error:
+            raise MeetingPlaceError(
+                f"{self.directory} cannot be used to meet in: {error.strerror}: "
+                "pass another --hot-restart-dir"
+            ) from error
+        found = os.fstat(self._lock_fd)
+        self._key = (found.st_dev, found.st_ino)
+
+    # -- locks ---------------------------------------------------------------------------------
+
+    def lock(self, seconds: float) -> None:
+        """Wait for this instance's turn to take over, `seconds` at most; raises Busy."""
+        deadline = time.monotonic() + seconds
+        while True:
+            holder = self._try_lock()
+            if holder is None:
+                return
+            if time.monotonic() >= deadline:
+                raise Busy(
+                    f"pid {holder} is taking over in {self.directory} and was not done within "
+                    f"{seconds:g} s: start again when it is"
+                )
+            time.sleep(_LOCK_PAUSE)
+
+    def _try_lock(self) -> int | None:
+        """None if the lock is ours now, else the pid that holds it."""
+        if self._key in _locked_here:
+            return os.getpid()
+        try:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return self._holder(0, 1)
+        _locked_here.add(self._key)
+        return None
+
+    def unlock(self) -> None:
+        """Let the next one take over."""
+        _locked_here.discard(self._key)
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, 0)
+
+    def stand_by(self) -> None:
+        """Tell who finds the parent socket dead that this process will take it back."""
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + os.getpid())
+
+    def stand_down(self) -> None:
+        """No longer: whoever finds the parent socket dead is on its own."""
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, 1 + os.getpid())
+
+    def standing_by(self) -> int:
+        """The pid of another process that will take back a dead parent socket, or 0."""
+        return self._holder(1, 0) or 0
+
+    def _holder(self, start: int, length: int) -> int:
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+        kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(self._lock_fd, fcntl.F_GETLK, asked))
+        return 0 if kind == fcntl.F_UNLCK else int(pid)
+
+    # -- names ---------------------------------------------------------------------------------
+
+    def connect_to_parent(self, endpoint: Endpoint) -> bool:
+        """Connect to whoever serves; False if nobody does."""
+        try:
+            endpoint.connect(self.parent_path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError as error:
+            raise MeetingPlaceError(
+                f"{self.parent_path} cannot be reached: {error.strerror}: remove it, or pass "
+                "another --hot-restart-dir"
+            ) from error
+        return True
+
+    def parent_answers(self) -> bool:
+        """Whether some process holds the parent socket now."""
+        probe = Endpoint()
+        try:
+            return self.connect_to_parent(probe)
+        finally:
+            probe.close()
+
+    def bind_child(self, seconds: float) -> tuple[Endpoint, Claim]:
+        """The child's endpoint, at its name. Only under the lock; the caller owns the endpoint.
+
+        A name left behind by a killed process is cleared. One that a living process holds is a
+        child that knows no lock (Volo): it may finish within `seconds`, else Busy.
+        """
+        deadline = time.monotonic() + seconds
+        for stale in self.directory.glob(_ASIDE + "*"):
+            stale.unlink(missing_ok=True)
+        while self._is_held(self.child_path):
+            if time.monotonic() >= deadline:
+                raise Busy(
+                    f"another instance holds {self.child_path} and was not done within "
+                    f"{seconds:g} s: start again when it is"
+                )
+            time.sleep(_LOCK_PAUSE)
+        Path(self.child_path).unlink(missing_ok=True)
+        endpoint = Endpoint()
+        try:
+            endpoint.bind(self.child_path)
+            return endpoint, Claim(self.child_path)
+        except BaseException:
+            endpoint.close()
+            raise
+
+    def _is_held(self, path: str) -> bool:
+        probe = Endpoint()
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        else:
+            return True
+        finally:
+            probe.close()
+
+    def claim_parent(self, then: Callable[[], None]) -> tuple[Endpoint, Claim]:
+        """Become who answers: bind aside, rename over, call `then`; the caller owns the endpoint.
+
+        At each instant the name leads to the old socket or to the new one. If `then` raises, the
+        old one gets its name back.
+        """
+        aside = str(self.directory / f"{_ASIDE}{os.getpid()}")
+        kept = aside + ".old"
+        endpoint = Endpoint()
+        try:
+            for left in (aside, kept):
+                Path(left).unlink(missing_ok=True)
+            endpoint.bind(aside)
+            with contextlib.suppress(FileNotFoundError):
+                os.link(self.parent_path, kept)
+            claim = Claim(aside, self.parent_path)
+            os.rename(aside, self.parent_path)
+            try:
+                then()
+            except BaseException:
+                if os.path.lexists(kept):
+                    os.rename(kept, self.parent_path)
+                else:
+                    claim.release()
+                raise
+            Path(kept).unlink(missing_ok=True)
+        except BaseException:
+            endpoint.close()
+            for left in (aside, kept):
+                Path(left).unlink(missing_ok=True)
+            raise
+        return endpoint, claim
+
+    def close(self) -> None:
+        """Close the lock file, and with it free every lock of this process there.
+
+        In a forked child too: the locks are the other process's, and stay.
+        """
+        if self._lock_fd >= 0:
+            _locked_here.discard(self._key)
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+
+class Claim:
+    """A path that this process made: it is unlinked only while it is still the same file."""
+
+    def __init__(self, path: str, later: str | None = None) -> None:
+        """Note which file `path` is now; `later` is the path that it will have."""
+        self.path = later or path
+        found = os.lstat(path)
+        self._file = (found.st_dev, found.st_ino)
+
+    def holds(self) -> bool:
+        """Whether the path still leads to this file."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._file
+
+    def release(self) -> None:
+        """Unlink the path if it is still this file."""
+        if self.holds():
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+
+def _levels(directory: Path) -> list[Path]:
+    """What must be ours: the directory, and the directory of ours that holds the default ones."""
+    holds_defaults = directory.parent.name in ("hotrestart", f"hotrestart-{os.geteuid()}")
+    return [directory.parent, directory] if holds_defaults else [directory]
+
+
+def _make(directory: Path) -> None:
+    missing = [level for level in (*reversed(directory.parents), directory) if not level.exists()]
+    for level in missing:
+        with contextlib.suppress(FileExistsError):
+            level.mkdir(0o700)
+
+
+def _check(directory: Path) -> None:
+    """Raise MeetingPlaceError unless the directory is one, and ours alone to write in."""
+    elsewhere = "or pass another --hot-restart-dir"
+    found = os.lstat(directory)
+    if stat.S_ISLNK(found.st_mode):
+        raise MeetingPlaceError(
+            f"{directory} is a symbolic link to {os.readlink(directory)}: name the directory "
+            f"itself, {elsewhere}"
+        )
+    if not stat.S_ISDIR(found.st_mode):
+        raise MeetingPlaceError(f"{directory} is no directory: remove it, {elsewhere}")
+    if found.st_uid != os.geteuid():
+        raise MeetingPlaceError(
+            f"{directory} belongs to uid {found.st_uid}, this process runs as uid "
+            f"{os.geteuid()}: chown it, {elsewhere}"
+        )
+    if found.st_mode & _WRITABLE_BY_OTHERS:
+        raise MeetingPlaceError(
+            f"{directory} is writable by others (mode {stat.S_IMODE(found.st_mode):04o}): "
+            f"chmod 700 it, {elsewhere}"
+        )

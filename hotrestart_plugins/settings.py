@@ -1,0 +1,201 @@
+"""The options: one table for the command line, the environment, gunicorn's config and the docs.
+
+An option is looked up in this order: the command line (or the call, or gunicorn's config file),
+the environment, the default.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hotrestart_plugins.errors import ConfigurationError
+
+ENV_PREFIX = "HOTRESTART_"
+
+
+def _seconds(value: object) -> float:
+    number = float(str(value))
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError("a number of seconds greater than 0")
+    return number
+
+
+def _seconds_or_none(value: object) -> float:
+    return 0.0 if float(str(value)) == 0 else _seconds(value)
+
+
+def _directory(value: object) -> Path:
+    if not str(value):
+        raise ValueError("a directory")
+    return Path(str(value))
+
+
+def _addresses(value: object) -> tuple[str, ...]:
+    parts = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        raise TypeError("addresses")
+    return tuple(str(part) for part in parts)
+
+
+def _switch(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"1": True, "true": True, "yes": True, "on": True}
+    words |= {"0": False, "false": False, "no": False, "off": False, "": False}
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise ValueError("1 or 0") from None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table."""
+
+    field: str
+    """The name in `Settings` and of the keyword argument."""
+    flag: str
+    """On the command line of hotrestart-uvicorn."""
+    key: str
+    """Behind HOTRESTART_ in the environment; in lower case behind hotrestart_ in a gunicorn config
+    file."""
+    check: Callable[[object], Any]
+    """From what was written to the value; raises ValueError or TypeError."""
+    wants: str
+    """What a good value is, for the error."""
+    help: str
+    metavar: str = ""
+    gunicorn: bool = True
+    """False for what gunicorn has an option of its own for."""
+
+    @property
+    def env(self) -> str:
+        """Its name in the environment."""
+        return ENV_PREFIX + self.key
+
+    @property
+    def config(self) -> str:
+        """Its name in a gunicorn config file."""
+        return self.env.lower()
+
+    def value(self, written: object, where: str) -> Any:
+        """The checked value; raises ConfigurationError, naming where the bad one was written."""
+        try:
+            return self.check(written)
+        except (ValueError, TypeError):
+            raise ConfigurationError(f"{where}: {written!r} is not {self.wants}") from None
+
+
+OPTIONS = (
+    Option(
+        "bind",
+        "--bind",
+        "BIND",
+        _addresses,
+        "a list of addresses",
+        "Listen on this address instead of --host/--port: host:port, [v6]:port, unix:PATH, "
+        "unix:@ABSTRACT or fd://N. Repeatable.",
+        "ADDRESS",
+        gunicorn=False,
+    ),
+    Option(
+        "directory",
+        "--hot-restart-dir",
+        "DIR",
+        _directory,
+        "a directory",
+        "Where the running instance and its successor meet. "
+        "Default: /run/hotrestart/ADDRESS for root, /tmp/hotrestart-UID/ADDRESS for others.",
+        "DIR",
+    ),
+    Option(
+        "takeover_timeout",
+        "--takeover-timeout",
+        "TAKEOVER_TIMEOUT",
+        _seconds,
+        "a number of seconds greater than 0",
+        "Seconds to wait for this instance's turn, and for each answer of the running one.",
+        "SECONDS",
+    ),
+    Option(
+        "ready_timeout",
+        "--ready-timeout",
+        "READY_TIMEOUT",
+        _seconds,
+        "a number of seconds greater than 0",
+        "Seconds in which the app must be ready to serve, or this instance gives up and the "
+        "running one serves on.",
+        "SECONDS",
+    ),
+    Option(
+        "drain_timeout",
+        "--drain-timeout",
+        "DRAIN_TIMEOUT",
+        _seconds,
+        "a number of seconds greater than 0",
+        "Seconds that an instance which was replaced may take to finish what it had accepted.",
+        "SECONDS",
+    ),
+    Option(
+        "rollback_window",
+        "--rollback-window",
+        "ROLLBACK_WINDOW",
+        _seconds_or_none,
+        "a number of seconds, or 0 for none",
+        "Seconds after a takeover in which the replaced instance serves again if its successor "
+        "dies. 0: it leaves as soon as it has drained.",
+        "SECONDS",
+    ),
+    Option(
+        "disable",
+        "--no-hot-restart",
+        "DISABLE",
+        _switch,
+        "1 or 0",
+        "Neither take over from a running instance nor be replaced by a later one.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked options; the defaults are here."""
+
+    bind: tuple[str, ...] = ()
+    directory: Path | None = None
+    takeover_timeout: float = 30.0
+    ready_timeout: float = 300.0
+    drain_timeout: float = 60.0
+    rollback_window: float = 10.0
+    disable: bool = False
+
+    @classmethod
+    def gather(
+        cls,
+        given: Mapping[str, object] | None = None,
+        environ: Mapping[str, str] | None = None,
+        *,
+        source: Callable[[Option], str] = lambda option: option.flag,
+    ) -> Settings:
+        """The settings from what was `given` (by field name; None for 'not given') and `environ`.
+
+        `source` names an option the way the user wrote it. Raises ConfigurationError.
+        """
+        given = given or {}
+        environ = os.environ if environ is None else environ
+        chosen: dict[str, Any] = {}
+        for option in OPTIONS:
+            written = given.get(option.field)
+            if written is not None:
+                chosen[option.field] = option.value(written, source(option))
+            elif option.env in environ:
+                chosen[option.field] = option.value(environ[option.env], option.env)
+        return cls(**chosen)
+
+
+DEFAULTS = {field.name: field.default for field in fields(Settings)}

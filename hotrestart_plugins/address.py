@@ -166,9 +166,9 @@ def bind_fresh(
 ) -> socket.socket:
     """A new listener; the caller owns it. Non-blocking, close-on-exec, listening.
 
-    A Unix socket file that nobody listens on is replaced; `mode` are the permissions of the new
-    one (None: those that the replaced file had, else what the umask leaves). `v6only` None leaves
-    it to the system whether ``[::]`` takes IPv4 as well.
+    A Unix socket file that nobody listens on is replaced and keeps its permissions; `mode` are
+    those of a new one (None: what the umask leaves). `v6only` None leaves it to the system whether
+    ``[::]`` takes IPv4 as well.
     Raises AddressError, which names the process that holds the address, if one can be found.
     """
     # The protocol is named: asyncio sets TCP_NODELAY only where socket.proto says TCP.
@@ -186,7 +186,7 @@ def bind_fresh(
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, v6only)
         if address.path is not None:
             found = _clear_the_way(address.path)
-            mode = mode if mode is not None else found
+            mode = found if found is not None else mode
         sock.bind(address.sockaddr)
         if address.path is not None and mode is not None:
             os.chmod(address.path, mode)

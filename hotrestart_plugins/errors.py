@@ -24,9 +24,14 @@ from __future__ import annotations
 class HotRestartError(Exception):
     """The root: catch this to catch all of them."""
 
+    status = 70  # EX_SOFTWARE, sysexits(3)
+    """With what a process that fails because of this exits."""
+
 
 class ConfigurationError(HotRestartError):
     """A setting that cannot work; starting again without a change fails again."""
+
+    status = 78  # EX_CONFIG, sysexits(3)
 
 
 class AddressError(ConfigurationError):
@@ -43,6 +48,8 @@ class MessageError(HotRestartError):
 
 class TakeoverError(HotRestartError):
     """This instance could not take over. The running one goes on serving; try again."""
+
+    status = 75  # EX_TEMPFAIL, sysexits(3)
 
 
 class Busy(TakeoverError):
@@ -67,3 +74,5 @@ class WrongDescriptor(TakeoverError):
 
 class NotReady(TakeoverError):
     """The app failed to start, or was not ready within the ready timeout."""
+
+    status = 3  # uvicorn's STARTUP_FAILURE, gunicorn's WORKER_BOOT_ERROR

@@ -1,0 +1,75 @@
+"""The `hotrestart-uvicorn` command: uvicorn's own, and a few options more."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from hotrestart_plugins.errors import ConfigurationError
+from hotrestart_plugins.settings import DEFAULTS, OPTIONS, Option, Settings
+from hotrestart_plugins.uvicorn.server import run
+
+# By this way, since the package hides its module `main` behind its command `main`.
+_theirs: Any = importlib.import_module("uvicorn.main")
+
+_EPILOG = (
+    "Start the same command again to deploy: the new instance takes the listening sockets over "
+    "from the running one, which drains and exits with 0. If the new one fails, it exits with "
+    "3 (the app did not start), 75 (it could not take over; try again) or 78 (a setting cannot "
+    "work), and the running one serves on."
+)
+
+
+def _parameter(option: Option) -> click.Option:
+    default = DEFAULTS[option.field]
+    shown = f" Default: {default:g}." if isinstance(default, float) else ""
+    help_text = f"{option.help}{shown} [env: {option.env}]"
+    if isinstance(default, bool):
+        return click.Option([option.flag, option.field], is_flag=True, default=None, help=help_text)
+    return click.Option(
+        [option.flag, option.field],
+        multiple=isinstance(default, tuple),
+        metavar=option.metavar,
+        help=help_text,
+    )
+
+
+def _command() -> click.Command:
+    theirs: click.Command = _theirs.main
+    return click.Command(
+        name="hotrestart-uvicorn",
+        params=[*theirs.params, *(_parameter(option) for option in OPTIONS)],
+        callback=_called,
+        context_settings=theirs.context_settings,
+        epilog=_EPILOG,
+    )
+
+
+def _called(**parameters: Any) -> None:
+    given = {option.field: parameters.pop(option.field) or None for option in OPTIONS}
+
+    def ours(app: Any, **options: Any) -> None:
+        try:
+            # Here, since --env-file and --app-dir have had their say by now.
+            settings = Settings.gather(given)
+        except ConfigurationError as error:
+            raise click.UsageError(str(error)) from None
+        run(app, hot_restart=settings, **options)
+
+    # uvicorn's command turns its options into the arguments of its `run`. Ours takes that place,
+    # so that an option of a later uvicorn arrives here without being known here.
+    original = _theirs.run
+    _theirs.run = ours
+    try:
+        _theirs.main.callback(**parameters)
+    finally:
+        _theirs.run = original
+
+
+main = _command()
+
+if __name__ == "__main__":
+    sys.exit(main())

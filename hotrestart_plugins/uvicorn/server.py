@@ -1,0 +1,148 @@
+"""`run` and `Server`: take over, serve, be replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import socket
+import sys
+from typing import Any
+
+import uvicorn
+
+from hotrestart_plugins.draining import DrainingServer
+from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
+from hotrestart_plugins.settings import Settings
+from hotrestart_plugins.uvicorn.succession import Succession
+from hotrestart_plugins.uvicorn.takeover import Takeover
+from hotrestart_plugins.uvicorn.watchdog import Watchdog
+from hotrestart_plugins.uvicorn.workers import Supervisor
+
+logger = logging.getLogger("uvicorn.error")
+
+
+class Server(DrainingServer):
+    """A `uvicorn.Server` that takes its listeners over from a running instance, and hands them on.
+
+    `run()` for a process of its own; `await serve()` inside a program that has a loop already.
+    """
+
+    drain_on_stop = False  # without a successor, a stop is uvicorn's own
+
+    def __init__(self, config: uvicorn.Config, settings: Settings | None = None) -> None:
+        """`settings`: those of the environment if None. Raises ConfigurationError."""
+        super().__init__(config)
+        self.settings = Settings.gather() if settings is None else settings
+        self.drain_timeout = self.settings.drain_timeout
+        self._takeover = Takeover(config, self.settings)
+        self._watchdog: Watchdog | None = None
+        self._succession: Succession | None = None
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop; raises SystemExit with the status that says why it failed.
+
+        `sockets`: listeners to serve on, without a takeover.
+        """
+        self._watchdog = Watchdog(self._hangs)
+        try:
+            super().run(sockets)
+        except HotRestartError as error:
+            sys.exit(error.status)
+        finally:
+            self._watchdog.disarm()
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """As `run`, on the running loop; raises HotRestartError where it could not take over."""
+        try:
+            if sockets is None:
+                # It may wait for its turn, and what else runs on this loop must not wait with it.
+                sockets = await asyncio.to_thread(self._takeover.listen)
+            if self._watchdog is not None:
+                self._watchdog.arm(self.settings.ready_timeout)
+            await super().serve(sockets)
+        except (Exception, SystemExit) as error:
+            if not self.started:
+                self._takeover.failed(error)
+            raise
+        finally:
+            for one in sockets or []:
+                one.close()
+            self._end(crashed=True)
+
+    def _end(self, *, crashed: bool) -> None:
+        if self._succession is not None:
+            self._succession.stop()
+            self._succession = None
+        self._takeover.close(crashed=crashed)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's. Until its end a new instance may still have the listeners."""
+        await super().shutdown(sockets)
+        # Here, since uvicorn ends with the signal that stopped it, and nothing comes after that.
+        self._end(crashed=False)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; then this instance is ready, and the parent, if any, is told to go."""
+        await super().startup(sockets)
+        if not self.started:
+            return
+        if self._watchdog is not None:
+            self._watchdog.disarm()
+        hot = self._takeover.ready(sockets or [])
+        if hot is not None:
+            self._succession = Succession(hot, self.settings, self)
+
+    def leave(self) -> None:
+        """End, with status 0."""
+        self.should_exit = True
+
+    def _hangs(self, where: str) -> int:
+        error = NotReady(
+            f"the app was not ready within {self.settings.ready_timeout:g} s, it hangs at {where}: "
+            "mend it, or pass a longer --ready-timeout"
+        )
+        self._takeover.failed(error)
+        self._takeover.close()
+        return error.status
+
+
+def run(app: Any, *, hot_restart: Settings | None = None, **options: Any) -> None:
+    """`uvicorn.run`, with hot restarts: every argument of it, and `hot_restart`.
+
+    `hot_restart`: the settings; those of the environment if None.
+    Raises SystemExit where the server could not start, with the status that says why.
+    """
+    app_dir = options.pop("app_dir", None)
+    if app_dir is not None:
+        sys.path.insert(0, app_dir)
+    config = uvicorn.Config(app, **options)
+    try:
+        settings = Settings.gather() if hot_restart is None else hot_restart
+        if config.should_reload and settings.disable:
+            if settings.bind:
+                raise ConfigurationError("--reload takes no --bind: use --host and --port")
+            return uvicorn.run(app, **options)
+        if config.workers > 1:
+            if not isinstance(app, str):
+                raise ConfigurationError(
+                    "several workers import the app themselves: pass it as 'module:app'"
+                )
+            return Supervisor(config, settings).run()
+        return Server(config, settings).run()
+    except HotRestartError as error:
+        logger.error("%s", error)  # noqa: TRY400 (one line says it all)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        return None
+
+
+def _signature() -> inspect.Signature:
+    ours = inspect.Parameter(
+        "hot_restart", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Settings | None"
+    )
+    theirs = inspect.signature(uvicorn.run)
+    return theirs.replace(parameters=[*theirs.parameters.values(), ours])
+
+
+run.__signature__ = _signature()  # type: ignore[attr-defined]

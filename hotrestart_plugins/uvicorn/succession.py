@@ -1,0 +1,105 @@
+"""From ready to exit: an instance that answers, is replaced, and serves again if that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from hotrestart_plugins.protocol import After, HotRestart, Role
+from hotrestart_plugins.settings import Settings
+
+logger = logging.getLogger("uvicorn.error")
+
+
+class Serving(Protocol):
+    """Who serves: one process, or a supervisor with its workers."""
+
+    async def pause(self) -> None:
+        """Accept nothing from now on."""
+
+    async def resume(self) -> None:
+        """Accept again."""
+
+    async def drain(self, seconds: float) -> bool:
+        """Wait until what was accepted is finished; False if that took longer."""
+
+    def leave(self) -> None:
+        """End, with status 0."""
+
+
+class Succession:
+    """Has the running loop wait for what a ready `HotRestart` must hear, and acts on it."""
+
+    def __init__(self, hot: HotRestart, settings: Settings, serving: Serving) -> None:
+        """`hot` is ready, and stays the caller's to close, after `stop`."""
+        self._hot = hot
+        self._settings = settings
+        self._serving = serving
+        self._loop = asyncio.get_running_loop()
+        self._watched: list[int] = []
+        self._ended = asyncio.Event()
+        self._after = After.NOTHING
+        self._leaving: asyncio.Task[None] | None = None
+        self._watch()
+
+    def _watch(self) -> None:
+        """Wait for the parent socket and for the child's end. Both change with each event."""
+        fd = self._hot.fileno()
+        if fd >= 0:
+            self._loop.add_reader(fd, self._asked)
+            self._watched.append(fd)
+        child = self._hot.child
+        if child is not None and child.fileno() >= 0:
+            self._loop.add_reader(child.fileno(), self._child_ended)
+            self._watched.append(child.fileno())
+
+    def _unwatch(self) -> None:
+        for fd in self._watched:
+            self._loop.remove_reader(fd)
+        self._watched.clear()
+
+    def stop(self) -> None:
+        """Wait for nothing any more; call it on the loop, before the `HotRestart` is closed."""
+        self._unwatch()
+        if self._leaving is not None:
+            self._leaving.cancel()
+
+    def _asked(self) -> None:
+        self._unwatch()
+        self._hot.handle()
+        self._watch()
+        if self._hot.role is Role.REPLACED and self._leaving is None:
+            self._ended.clear()
+            self._leaving = self._loop.create_task(self._leave())
+
+    def _child_ended(self) -> None:
+        self._unwatch()
+        self._after = self._hot.child_ended()
+        self._watch()
+        self._ended.set()
+
+    async def _leave(self) -> None:
+        """Drain, stand by through the rollback window, and go; or serve again."""
+        window = self._loop.time() + self._settings.rollback_window
+        await self._serving.pause()
+        logger.info("Stopped accepting; draining")
+        drain = asyncio.ensure_future(self._serving.drain(self._settings.drain_timeout))
+        ended = asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait({drain, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                await asyncio.wait({ended}, timeout=max(0.0, window - self._loop.time()))
+            if ended.done() and self._after is After.RESUME:
+                drain.cancel()
+                await self._serving.resume()
+                self._leaving = None
+                logger.warning("Accepting again")
+                return
+            await drain
+        finally:
+            drain.cancel()
+            ended.cancel()
+        self._hot.stand_down()
+        logger.info("Drained; leaving")
+        self._serving.leave()

@@ -1,0 +1,182 @@
+"""One launcher's takeover: which listeners, from whom, and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+
+import uvicorn
+
+from hotrestart_plugins import address as addresses
+from hotrestart_plugins.address import Address
+from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
+from hotrestart_plugins.protocol import HotRestart, Role
+from hotrestart_plugins.rendezvous import default_directory
+from hotrestart_plugins.settings import Settings
+
+logger = logging.getLogger("uvicorn.error")
+
+_LISTEN_FDS_START = 3  # SD_LISTEN_FDS_START, sd_listen_fds(3)
+_SOCKET_MODE = 0o666  # of a new Unix socket file, as uvicorn makes it
+
+
+class Takeover:
+    """The launcher's `HotRestart`, and the listeners that its server is to have."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        """Nothing is opened yet; raises ConfigurationError for what cannot go together."""
+        if config.should_reload and not settings.disable:
+            raise ConfigurationError(
+                "--reload and hot restart do not go together: leave one out "
+                "(--no-hot-restart is the other's)"
+            )
+        self.config = config
+        self.settings = settings
+        self.hot: HotRestart | None = None
+        """None where hot restart is off, and before `listen`."""
+
+    def listen(self) -> list[socket.socket]:
+        """Every listener, inherited, given or bound fresh; the caller owns them.
+
+        Raises HotRestartError and leaves nothing open; the parent is undisturbed.
+        """
+        wanted, given = self._wanted()
+        try:
+            names = [*wanted, *(addresses.of_socket(one) for one in given)]
+            hot = self._meet(names)
+            for one in given:
+                if hot is not None:
+                    hot.adopt(one)
+            made = _listen(hot, wanted, self.config)
+        except BaseException:
+            for one in given:
+                one.close()
+            self.close()
+            raise
+        return [*made, *given]
+
+    def _meet(self, names: Sequence[Address]) -> HotRestart | None:
+        directory = self.settings.directory
+        if self.settings.disable:
+            return None
+        if directory is None:
+            if any(name.family != socket.AF_UNIX and not name.port for name in names):
+                logger.warning(
+                    "Port 0 names no place to meet: this instance cannot be replaced "
+                    "(pass --hot-restart-dir)"
+                )
+                return None
+            directory = default_directory(names[0])
+        self.hot = HotRestart(takeover_timeout=self.settings.takeover_timeout, logger=logger)
+        self.hot.initialize(directory, len(names))
+        return self.hot
+
+    def _wanted(self) -> tuple[list[Address], list[socket.socket]]:
+        """What is to be inherited or bound, and what was given as a descriptor."""
+        config = self.config
+        wanted: list[Address] = []
+        given: list[socket.socket] = []
+        try:
+            if self.settings.bind:
+                for text in self.settings.bind:
+                    if text.startswith("fd://"):
+                        given.append(_given(text.removeprefix("fd://"), config.backlog))
+                    else:
+                        wanted.extend(addresses.parse(text))
+            elif config.fd is not None:
+                given.append(_given(str(config.fd), config.backlog))
+            elif config.uds is not None:
+                wanted.append(addresses.unix(config.uds))
+            elif systemd := _from_systemd():
+                given.extend(_given(str(number), config.backlog) for number in systemd)
+            else:
+                wanted.extend(addresses.resolve(config.host, config.port))
+        except BaseException:
+            for one in given:
+                one.close()
+            raise
+        return list(dict.fromkeys(wanted)), given
+
+    @property
+    def parent_pid(self) -> int:
+        """The pid taken over from, 0 if none is known."""
+        return self.hot.parent_pid if self.hot is not None else 0
+
+    def ready(self, listeners: Sequence[socket.socket]) -> HotRestart | None:
+        """Tell the parent, if any, to go, and the user where this instance listens."""
+        if self.hot is not None:
+            self.hot.ready()
+        scheme = "https" if self.config.is_ssl else "http"
+        for one in listeners:
+            where = addresses.of_socket(one)
+            if self.hot is not None and where.name in self.hot.inherited:
+                logger.info("Inherited %s from pid %d", where, self.parent_pid)
+            place = f"unix socket {where}" if where.path else f"{scheme}://{where}"
+            logger.info("Uvicorn running on %s (Press CTRL+C to quit)", place)
+        return self.hot
+
+    def failed(self, error: BaseException) -> None:
+        """The last line of an instance that could not take over, or not start."""
+        if isinstance(error, SystemExit):
+            why = "the app failed to start, see above"
+        elif isinstance(error, HotRestartError):
+            why = str(error)
+        else:
+            why = f"the app failed to start: {type(error).__name__}: {error}"
+        if self.hot is not None and self.hot.role is Role.CHILD:
+            pid = self.parent_pid or "unknown"
+            logger.error(
+                "Hot restart failed: %s; the running instance (pid %s) serves on", why, pid
+            )
+        else:
+            logger.error("Start failed: %s", why)
+
+    def close(self, *, crashed: bool = False) -> None:
+        """Close what `listen` opened, but the sockets it returned; see `HotRestart.close`."""
+        if self.hot is not None:
+            self.hot.close(crashed=crashed)
+
+
+def _listen(
+    hot: HotRestart | None, wanted: list[Address], config: uvicorn.Config
+) -> list[socket.socket]:
+    # Like asyncio, so that [::] and 0.0.0.0 can stand beside each other.
+    holder = hot or HotRestart()  # without a meeting it binds everything fresh
+    try:
+        return holder.listen(wanted, backlog=config.backlog, mode=_SOCKET_MODE, v6only=True)
+    finally:
+        if hot is None:
+            holder.disown()
+
+
+def _given(number: str, backlog: int) -> socket.socket:
+    """The listener of a descriptor that was passed to this process, which now owns it."""
+    try:
+        sock = socket.socket(fileno=int(number))  # its own family: AF_UNIX would cost TCP_NODELAY
+    except (OSError, ValueError):
+        raise AddressError(f"fd://{number} is no open socket: pass a listening one") from None
+    try:
+        if sock.type != socket.SOCK_STREAM:
+            raise AddressError(f"fd://{number} is no stream socket")
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not addresses.is_listening(sock):
+            sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _from_systemd() -> range | None:
+    """The descriptors that systemd passed to this very process, sd_listen_fds(3)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    count = os.environ.get("LISTEN_FDS", "")
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)  # the app's own children are not meant
+    return range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)) if count.isdigit() else None

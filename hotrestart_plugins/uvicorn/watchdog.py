@@ -1,0 +1,43 @@
+"""The ready timeout of a process of its own: nothing else ends an import that hangs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+
+class Watchdog:
+    """Ends this process if it is not disarmed in time. A thread, since the main one may hang."""
+
+    def __init__(self, give_up: Callable[[str], int]) -> None:
+        """`give_up` is told where the main thread hangs, and returns the exit status."""
+        self._give_up = give_up
+        self._main = threading.main_thread().ident or 0
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def arm(self, seconds: float) -> None:
+        """Bark after `seconds`."""
+        self._timer = threading.Timer(seconds, self._bark)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def disarm(self) -> None:
+        """The process is ready, or ends by itself. Waits for the end where it has barked."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _bark(self) -> None:
+        with self._lock:
+            if self._timer is None:
+                return
+            frame = sys._current_frames().get(self._main)  # noqa: SLF001 (where it hangs)
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
+            status = self._give_up(where)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)

@@ -1,0 +1,336 @@
+"""`--workers N`: uvicorn's supervisor and its worker processes, with a link between them.
+
+The link is a pair of SOCK_SEQPACKET sockets for each worker. Down it go ``pause`` and ``resume``,
+up it come ``ready``, ``paused`` and ``drained``. Its end tells either side that the other is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess, multiprocess
+
+from hotrestart_plugins.draining import DrainingServer
+from hotrestart_plugins.errors import HotRestartError, NotReady
+from hotrestart_plugins.settings import Settings
+from hotrestart_plugins.uvicorn.succession import Succession
+from hotrestart_plugins.uvicorn.takeover import Takeover
+
+READY, PAUSE, PAUSED, RESUME, DRAINED = b"ready", b"pause", b"paused", b"resume", b"drained"
+_WORD = 16  # bytes; no word is longer
+
+logger = logging.getLogger("uvicorn.error")
+
+
+class WorkerServer(DrainingServer):
+    """The server in a worker process. Owns its end of the link."""
+
+    drain_on_stop = False  # without a successor, a stop is uvicorn's own
+
+    def __init__(self, config: uvicorn.Config, link: socket.socket, drain_timeout: float) -> None:
+        super().__init__(config)
+        self.drain_timeout = drain_timeout
+        self._link = link
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; then tell the supervisor, and listen to it."""
+        await super().startup(sockets)
+        if self.started:
+            self._link.setblocking(False)
+            asyncio.get_running_loop().add_reader(self._link.fileno(), self._told)
+            self._say(READY)
+
+    def _say(self, word: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._link.send(word)
+
+    def _told(self) -> None:
+        try:
+            word = self._link.recv(_WORD)
+        except BlockingIOError:
+            return
+        except OSError:
+            word = b""
+        if self._draining is not None:
+            self._draining.cancel()
+        loop = asyncio.get_running_loop()
+        if word == PAUSE:
+            self._draining = loop.create_task(self._pause_and_drain())
+        elif word == RESUME:
+            self._draining = loop.create_task(self.resume())
+        else:
+            # The supervisor is gone. An orphan would go on serving old code beside the new one.
+            loop.remove_reader(self._link.fileno())
+            logger.warning("The supervisor has ended; worker [%d] drains and leaves", os.getpid())
+            self.drain_on_stop = self.should_exit = True
+
+    async def _pause_and_drain(self) -> None:
+        await self.pause()
+        self._say(PAUSED)
+        await self.drain(self.drain_timeout)
+        self._say(DRAINED)
+
+
+class WorkerProcess(multiprocess.Process):
+    """uvicorn's handle of a worker process, in the supervisor; in the worker, its entry."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        sockets: list[socket.socket],
+        *,
+        drain_timeout: float,
+        born: Callable[[WorkerProcess], None],
+    ) -> None:
+        """`born` is called in the supervisor when the process was started."""
+        super().__init__(config, sockets)
+        self.link, self._far_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._drain_timeout = drain_timeout
+        self._born: Callable[[WorkerProcess], None] | None = born
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the worker process gets: its own end of the link, not the supervisor's."""
+        state = dict(self.__dict__)
+        state["link"] = state["_born"] = None
+        return state
+
+    def start(self) -> None:
+        """As uvicorn's; then let go of the worker's end of the link, so that its end is heard."""
+        super().start()
+        self._far_link.close()
+        self.link.setblocking(False)
+        if self._born is not None:
+            self._born(self)
+
+    @property
+    def server(self) -> uvicorn.Server:
+        """In the worker: its server."""
+        if self._server is None:
+            self._server = WorkerServer(self.config, self._far_link, self._drain_timeout)
+        return self._server
+
+    def say(self, word: bytes) -> None:
+        """Send a word down the link; a worker that is gone hears nothing."""
+        with contextlib.suppress(OSError):
+            self.link.send(word)
+
+
+class Supervisor(Multiprocess):
+    """uvicorn's supervisor of several workers, taking over and being replaced."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        """Takes the listeners over, or binds them; raises HotRestartError if it cannot."""
+        self._settings = settings
+        self._takeover = Takeover(config, settings)
+        try:
+            sockets = self._takeover.listen()
+        except HotRestartError as error:
+            self._takeover.failed(error)
+            sys.exit(error.status)
+        super().__init__(config, sockets)
+        self._conductor = Conductor(self, self._takeover, settings)
+
+    def run(self) -> None:
+        """Serve until told to stop; raises SystemExit with a status that says why it failed."""
+        with _processes_made_by(
+            functools.partial(
+                WorkerProcess,
+                drain_timeout=self._settings.drain_timeout,
+                born=self._conductor.born,
+            )
+        ):
+            super().run()
+        status = self._conductor.stop()
+        for one in self.sockets:
+            one.close()
+        self._takeover.close(crashed=status != 0)
+        if status:
+            sys.exit(status)
+
+    def init_processes(self) -> None:
+        """As uvicorn's; and somebody listens to them."""
+        self._conductor.start()
+        super().init_processes()
+
+    def keep_subprocess_alive(self) -> None:
+        """As uvicorn's, while this instance serves: a replaced one would start the new code."""
+        if not self._conductor.replaced:
+            super().keep_subprocess_alive()
+
+    def handle_signals(self) -> None:
+        """As uvicorn's; a replaced instance starts no workers."""
+        if self._conductor.replaced:
+            leave = {sig for sig, name in multiprocess.SIGNALS.items() if name in ("INT", "TERM")}
+            for sig in [one for one in self.signal_queue if one not in leave]:
+                self.signal_queue.remove(sig)
+                logger.info("Ignoring %s: replaced", multiprocess.SIGNALS[sig])
+        super().handle_signals()
+
+
+class Conductor:
+    """Listens to the workers and to the successor, on a loop in a thread beside uvicorn's own.
+
+    uvicorn's supervisor looks around twice a second; a takeover need not wait for that. The
+    workers are spawned, not forked, so that the thread can do no harm there.
+    """
+
+    def __init__(self, supervisor: Supervisor, takeover: Takeover, settings: Settings) -> None:
+        self.replaced = False
+        self._supervisor = supervisor
+        self._takeover = takeover
+        self._settings = settings
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="hotrestart")
+        self._said: dict[WorkerProcess, set[bytes]] = {}
+        self._heard = asyncio.Event()
+        self._succession: Succession | None = None
+        self._booting: asyncio.Future[None] | None = None
+        self._status = 0
+
+    # -- from the supervisor's thread ----------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def born(self, process: WorkerProcess) -> None:
+        """A worker process was started."""
+        self._loop.call_soon_threadsafe(self._add, process)
+
+    def stop(self) -> int:
+        """Stop listening; the status to exit with."""
+        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        return self._status
+
+    # -- on the loop ---------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._booting = asyncio.ensure_future(self._boot())
+
+    async def _finish(self) -> None:
+        if self._booting is not None:
+            self._booting.cancel()
+        if self._succession is not None:
+            self._succession.stop()
+        for process in list(self._said):
+            self._remove(process)
+
+    def _add(self, process: WorkerProcess) -> None:
+        self._said[process] = set()
+        self._loop.add_reader(process.link.fileno(), self._hear, process)
+
+    def _remove(self, process: WorkerProcess) -> None:
+        self._loop.remove_reader(process.link.fileno())
+        process.link.close()
+        self._said.pop(process, None)
+        self._heard.set()
+
+    def _hear(self, process: WorkerProcess) -> None:
+        try:
+            word = process.link.recv(_WORD)
+        except BlockingIOError:
+            return
+        except OSError:
+            word = b""
+        if not word:
+            self._remove(process)
+            return
+        self._said[process].add(word)
+        self._heard.set()
+
+    async def _all_say(self, word: bytes) -> None:
+        """Wait until every worker that is there has said it."""
+        while not all(word in said for said in self._said.values()):
+            self._heard.clear()
+            await self._heard.wait()
+
+    async def _boot(self) -> None:
+        """Wait for every worker, then take over; a worker that ends before that ends it all."""
+        seconds = self._settings.ready_timeout
+        try:
+            await asyncio.wait_for(self._all_ready(), seconds)
+            hot = self._takeover.ready(self._supervisor.sockets)
+        except asyncio.TimeoutError:
+            self._fail(
+                NotReady(
+                    f"the workers were not ready within {seconds:g} s: "
+                    "mend the app, or pass a longer --ready-timeout"
+                )
+            )
+        except HotRestartError as error:
+            self._fail(error)
+        else:
+            if hot is not None:
+                self._succession = Succession(hot, self._settings, self)
+
+    async def _all_ready(self) -> None:
+        wanted = self._supervisor.processes_num
+        while sum(READY in said for said in self._said.values()) < wanted:
+            before = set(self._said)
+            self._heard.clear()
+            await self._heard.wait()
+            gone = before - set(self._said)
+            if gone:
+                pid = next(iter(gone)).pid
+                raise NotReady(f"worker {pid} ended before it was ready, see above")
+
+    def _fail(self, error: HotRestartError) -> None:
+        self._takeover.failed(error)
+        self._status = error.status
+        self._supervisor.should_exit.set()
+        for process in self._said:
+            process.process.kill()  # a worker that hangs in its import heeds no SIGTERM
+
+    # -- Serving, for the succession -----------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Every worker stops accepting."""
+        self.replaced = True
+        for process, said in self._said.items():
+            said -= {PAUSED, DRAINED}
+            process.say(PAUSE)
+        await self._all_say(PAUSED)
+
+    async def resume(self) -> None:
+        """Every worker that is left accepts again."""
+        for process in self._said:
+            process.say(RESUME)
+        self.replaced = False
+
+    async def drain(self, seconds: float) -> bool:
+        """Wait until every worker has drained, or has ended; they keep the time themselves."""
+        try:
+            await asyncio.wait_for(self._all_say(DRAINED), seconds + 1)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """End, with status 0."""
+        self._supervisor.should_exit.set()
+
+
+@contextlib.contextmanager
+def _processes_made_by(factory: Callable[..., WorkerProcess]) -> Iterator[None]:
+    """Have uvicorn's supervisor make our processes: it takes the class from its module."""
+    original = multiprocess.Process
+    multiprocess.Process = factory  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        multiprocess.Process = original  # type: ignore[misc]

@@ -47,8 +47,11 @@ class Server(DrainingServer):
         self._watchdog = Watchdog(self._hangs)
         try:
             super().run(sockets)
-        except HotRestartError as error:
-            sys.exit(error.status)
+        except Exception as error:
+            if self.started:
+                raise
+            # What there is to say of it was said where it happened.
+            sys.exit(error.status if isinstance(error, HotRestartError) else NotReady.status)
         finally:
             self._watchdog.disarm()
 

@@ -124,6 +124,7 @@ class Takeover:
         elif isinstance(error, HotRestartError):
             why = str(error)
         else:
+            logger.error("The app failed to start", exc_info=error)
             why = f"the app failed to start: {type(error).__name__}: {error}"
         if self.hot is not None and self.hot.role is Role.CHILD:
             pid = self.parent_pid or "unknown"

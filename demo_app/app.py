@@ -27,10 +27,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from hotrestart_plugins.starlette import health, until_drain
 
 VERSION = os.environ.get("DEMO_VERSION", "1")
 FAIL = os.environ.get("DEMO_FAIL", "")
@@ -90,7 +92,7 @@ async def upload(request: Request) -> JSONResponse:
 
 
 async def events(request: Request) -> StreamingResponse:
-    """Server-sent events, ten a second: without ?count=N there is no last one."""
+    """Server-sent events, ten a second: without ?count=N until this instance is replaced."""
     endless = "count" not in request.query_params
     count = int(number(request, "count", default=0, most=1_000_000))
 
@@ -99,11 +101,8 @@ async def events(request: Request) -> StreamingResponse:
             yield f"data: {json.dumps({'pid': os.getpid(), 'event': event})}\n\n"
             await asyncio.sleep(0.1)
 
-    return StreamingResponse(stream(), media_type="text/event-stream")
-
-
-async def health(_request: Request) -> PlainTextResponse:
-    return PlainTextResponse("ok\n")
+    source = until_drain(stream(), last="event: bye\ndata: {}\n\n") if endless else stream()
+    return StreamingResponse(source, media_type="text/event-stream")
 
 
 async def echo(websocket: WebSocket) -> None:

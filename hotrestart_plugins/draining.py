@@ -10,20 +10,28 @@ Used by the launcher, by its workers, and by gunicorn's uvicorn worker.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import functools
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, ClassVar
 
 import uvicorn
 from uvicorn.server import ServerState
 
+from hotrestart_plugins.app import drain
+from hotrestart_plugins.endings import Endings, Tally, ask_to_leave, is_idle
+from hotrestart_plugins.probe import Probe
+
 CLOSE = (b"connection", b"close")
 _LOOK = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
+_WIND_UP = 1.0  # seconds for the app's side of what was brought to its end at the last moment
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -40,23 +48,53 @@ class DrainingServer(uvicorn.Server):
     drain_on_stop = True
     """Whether a plain stop takes the care of a drain, too."""
 
+    probe: Probe | None = None
+    """What the app is asked before this server accepts anything."""
+
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.paused = False
+        self.tally = Tally()
+        """What the last drain did."""
         self._listeners: list[socket.socket] = []
-        self._drain_deadline: float | None = None
+        self._endings: Endings | None = None
+        self._drain_deadline = 0.0
         if self.on_created is not None:
             type(self).on_created(self)  # type: ignore[misc]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; WebSocket handshakes are kept from the headers of a drain."""
+        """As uvicorn's. The probe comes between the lifespan and the listeners.
+
+        Raises NotReady if the probe fails. WebSocket handshakes are kept from the headers of a
+        drain.
+        """
         if self.config.ws_protocol_class is not None:
             self.config.ws_protocol_class = functools.partial(  # type: ignore[assignment]
                 _websocket, self.config.ws_protocol_class
             )
+        if self.probe is not None:
+            self.lifespan.startup = functools.partial(
+                self._start_and_probe, self.lifespan.startup, self.probe
+            )
         await super().startup(sockets=sockets)
         if self.started:
             self._listeners = list(sockets or _listeners_of(self.servers))
+
+    async def _start_and_probe(self, start: Callable[[], Any], probe: Probe) -> None:
+        await start()
+        if self.lifespan.should_exit:
+            return
+        try:
+            await probe.run(self._protocol)
+        except BaseException:
+            await self.lifespan.shutdown()
+            raise
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn's; who presses Ctrl-C does not want to wait for idle connections."""
+        if sig == signal.SIGINT:
+            self.drain_on_stop = False
+        super().handle_exit(sig, frame)
 
     # -- accepting -----------------------------------------------------------------------------
 
@@ -70,6 +108,8 @@ class DrainingServer(uvicorn.Server):
         self.paused = True
         loop = asyncio.get_running_loop()
         kept = [socket.socket(fileno=os.dup(one.fileno())) for one in self._listeners]
+        for one in kept:
+            one.setblocking(False)
         if isinstance(loop, asyncio.SelectorEventLoop):
             # Server.close() loses a connection whose accept is done and whose transport is not
             # yet made (cpython#109564): stop accepting first, and let what is under way finish.
@@ -81,19 +121,20 @@ class DrainingServer(uvicorn.Server):
             server.close()
         self.servers = []
         self._listeners = kept
+        self._endings = Endings(self.server_state)
         self._announce_close()
+        drain.set()
 
     async def resume(self) -> None:
         """Accept again, after `pause`."""
         if not self.paused:
             return
         self.paused = False
-        self._drain_deadline = None
-        self.config.encoded_headers = [
-            header for header in self.config.encoded_headers if header != CLOSE
-        ]
+        self._endings = None
+        drain.clear()
+        self.config.encoded_headers = _without_close(self.config.encoded_headers)
         headers = self.server_state.default_headers
-        headers[:] = [header for header in headers if header != CLOSE]
+        headers[:] = _without_close(headers)
         loop = asyncio.get_running_loop()
         for one in self._listeners:
             self.servers.append(
@@ -113,63 +154,95 @@ class DrainingServer(uvicorn.Server):
         self.config.encoded_headers = [*self.config.encoded_headers, CLOSE]
         # Responses under way hold this very list.
         self.server_state.default_headers.append(CLOSE)
+        for connection in self.server_state.connections:
+            ask_to_leave(connection)
 
     # -- draining ------------------------------------------------------------------------------
 
-    async def drain(self, seconds: float) -> bool:
-        """Pause, then wait until nothing is open, `seconds` at most; whether that is so."""
+    async def drain(self, seconds: float, *, linger: float | None = None) -> bool:
+        """Pause, then wait until nothing is open, `seconds` at most; whether that is so.
+
+        In its last part WebSockets and event streams are brought to their end, spread out.
+        `linger`: close what is idle after so many seconds; None: leave it to its own timeout.
+        """
         await self.pause()
-        deadline = time.monotonic() + seconds
-        if self._drain_deadline is None:
-            self._drain_deadline = deadline
+        begun = time.monotonic()
+        self._drain_deadline = begun + seconds
+        endings = self._endings or Endings(self.server_state)
         while self._open() and not self.force_exit:
-            if time.monotonic() >= min(deadline, self._drain_deadline):
-                return False
+            now = time.monotonic()
+            await endings.spread(max(0.0, self._drain_deadline - now), seconds)
+            if now >= self._drain_deadline + (_WIND_UP if endings.ended else 0.0):
+                break
+            if linger is not None and now >= begun + linger:
+                for connection in list(self.server_state.connections):
+                    if is_idle(connection):
+                        connection.shutdown()
             await asyncio.sleep(_LOOK)
-        return True
+        self.tally = endings.tally()
+        return not self._open()
 
     def _open(self) -> int:
         return len(self.server_state.connections) + len(self.server_state.tasks)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain where that is due, then as uvicorn's."""
-        if (self.paused or self.drain_on_stop) and not await self.drain(self._patience()):
-            self._warn_of_the_rest()
-            # What a drain had time for has had it: uvicorn would wait again, without an end.
-            self.config.timeout_graceful_shutdown = 0
         if self.paused:
-            for one in self._listeners:
-                one.close()
+            await self.drain(max(0.0, self._drain_deadline - time.monotonic()))
+        elif self.drain_on_stop:
+            await self._let_go()
+            timeout = self.config.timeout_graceful_shutdown
+            await self.drain(
+                self.drain_timeout if timeout is None else float(timeout),
+                linger=self.config.timeout_keep_alive,
+            )
+        if self.paused:
+            self._cut_off()
+            self._close_listeners()
         await super().shutdown(sockets)
 
-    def _patience(self) -> float:
-        if self._drain_deadline is not None:
-            return max(0.0, self._drain_deadline - time.monotonic())
-        timeout = self.config.timeout_graceful_shutdown
-        return self.drain_timeout if timeout is None else float(timeout)
+    async def _let_go(self) -> None:
+        """Without a successor: accept what waits in the listeners' queues, and close them.
 
-    def _warn_of_the_rest(self) -> None:
-        requests = sockets = idle = 0
-        for connection in self.server_state.connections:
-            cycle = getattr(connection, "cycle", None)
-            if not hasattr(connection, "cycle"):
-                sockets += 1
-            elif cycle is None or cycle.response_complete:
-                idle += 1
-            else:
-                requests += 1
-        logger.warning(
-            "The drain timeout is over: cutting off %d requests, %d WebSockets, %d idle "
-            "connections, %d background tasks",
-            requests,
-            sockets,
-            idle,
-            max(0, len(self.server_state.tasks) - requests - sockets),
-        )
+        Whoever connects later is refused at once, and a proxy turns to the next server.
+        """
+        await self.pause()
+        loop = asyncio.get_running_loop()
+        tasks = []
+        for one in self._listeners:
+            with contextlib.suppress(OSError):  # its queue is empty
+                while True:
+                    sock, _ = one.accept()
+                    sock.setblocking(False)
+                    waiting = loop.connect_accepted_socket(
+                        self._protocol, sock, ssl=self.config.ssl
+                    )
+                    tasks.append(loop.create_task(waiting))
+        self.listeners_closing()
+        self._close_listeners()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def listeners_closing(self) -> None:
+        """Close whatever else keeps the listeners open; for whoever holds copies of them."""
+
+    def _close_listeners(self) -> None:
+        for one in self._listeners:
+            one.close()
+        self._listeners = []
+
+    def _cut_off(self) -> None:
+        if self._open():
+            logger.warning("The drain timeout is over: %s", self.tally.cut_text())
+            # What a drain had time for has had it: uvicorn would wait again, without an end.
+            self.config.timeout_graceful_shutdown = 0
 
 
 def _listeners_of(servers: Sequence[asyncio.AbstractServer]) -> list[Any]:
     return [one for server in servers for one in getattr(server, "sockets", ())]
+
+
+def _without_close(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [header for header in headers if header != CLOSE]
 
 
 def _websocket(
@@ -179,6 +252,6 @@ def _websocket(
     state: ServerState = kwargs["server_state"]
     if CLOSE in state.default_headers:
         state = copy.copy(state)
-        state.default_headers = [header for header in state.default_headers if header != CLOSE]
+        state.default_headers = _without_close(state.default_headers)
         kwargs["server_state"] = state
     return protocol_class(*args, **kwargs)

@@ -30,9 +30,15 @@ def _seconds_or_none(value: object) -> float:
 
 
 def _directory(value: object) -> Path:
-    if not str(value):
+    if not str(value) or "\0" in str(value):
         raise ValueError("a directory")
     return Path(str(value))
+
+
+def _text(value: object) -> str:
+    if not str(value):
+        raise ValueError("something")
+    return str(value)
 
 
 def _addresses(value: object) -> tuple[str, ...]:
@@ -152,6 +158,16 @@ OPTIONS = (
         "SECONDS",
     ),
     Option(
+        "probe",
+        "--probe",
+        "PROBE",
+        _text,
+        "/path or module:function",
+        "Ask the app this before this instance is ready: a path that must answer with 2xx or 3xx, "
+        "or a function that must not fail.",
+        "PATH|MODULE:FUNCTION",
+    ),
+    Option(
         "disable",
         "--no-hot-restart",
         "DISABLE",
@@ -172,6 +188,7 @@ class Settings:
     ready_timeout: float = 300.0
     drain_timeout: float = 60.0
     rollback_window: float = 10.0
+    probe: str = ""
     disable: bool = False
 
     @classmethod

@@ -13,6 +13,7 @@ import uvicorn
 
 from hotrestart_plugins.draining import DrainingServer
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
+from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.settings import Settings
 from hotrestart_plugins.uvicorn.succession import Succession
 from hotrestart_plugins.uvicorn.takeover import Takeover
@@ -28,13 +29,12 @@ class Server(DrainingServer):
     `run()` for a process of its own; `await serve()` inside a program that has a loop already.
     """
 
-    drain_on_stop = False  # without a successor, a stop is uvicorn's own
-
     def __init__(self, config: uvicorn.Config, settings: Settings | None = None) -> None:
         """`settings`: those of the environment if None. Raises ConfigurationError."""
         super().__init__(config)
         self.settings = Settings.gather() if settings is None else settings
         self.drain_timeout = self.settings.drain_timeout
+        self.probe = Probe.of(self.settings, f"{config.host}:{config.port}")
         self._takeover = Takeover(config, self.settings)
         self._watchdog: Watchdog | None = None
         self._succession: Succession | None = None
@@ -79,8 +79,12 @@ class Server(DrainingServer):
             self._succession = None
         self._takeover.close(crashed=crashed)
 
+    def listeners_closing(self) -> None:
+        """A plain stop: close the copies that a successor would have got."""
+        self._end(crashed=False)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's. Until its end a new instance may still have the listeners."""
+        """As uvicorn's."""
         await super().shutdown(sockets)
         # Here, since uvicorn ends with the signal that stopped it, and nothing comes after that.
         self._end(crashed=False)
@@ -94,7 +98,7 @@ class Server(DrainingServer):
             self._watchdog.disarm()
         hot = self._takeover.ready(sockets or [])
         if hot is not None:
-            self._succession = Succession(hot, self.settings, self)
+            self._succession = Succession(hot, self._takeover.directory, self.settings, self)
 
     def leave(self) -> None:
         """End, with status 0."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import asdict
+from pathlib import Path
 from typing import Protocol
 
+from hotrestart_plugins.endings import Tally
 from hotrestart_plugins.protocol import After, HotRestart, Role
+from hotrestart_plugins.record import Record
 from hotrestart_plugins.settings import Settings
 
 logger = logging.getLogger("uvicorn.error")
@@ -14,6 +18,9 @@ logger = logging.getLogger("uvicorn.error")
 
 class Serving(Protocol):
     """Who serves: one process, or a supervisor with its workers."""
+
+    tally: Tally
+    """What the last drain did."""
 
     async def pause(self) -> None:
         """Accept nothing from now on."""
@@ -31,9 +38,12 @@ class Serving(Protocol):
 class Succession:
     """Has the running loop wait for what a ready `HotRestart` must hear, and acts on it."""
 
-    def __init__(self, hot: HotRestart, settings: Settings, serving: Serving) -> None:
-        """`hot` is ready, and stays the caller's to close, after `stop`."""
+    def __init__(
+        self, hot: HotRestart, directory: Path, settings: Settings, serving: Serving
+    ) -> None:
+        """`hot` is ready, meets in `directory`, and stays the caller's to close, after `stop`."""
         self._hot = hot
+        self._directory = directory
         self._settings = settings
         self._serving = serving
         self._loop = asyncio.get_running_loop()
@@ -75,19 +85,34 @@ class Succession:
 
     def _child_ended(self) -> None:
         self._unwatch()
+        record = self._record()
         self._after = self._hot.child_ended()
+        if self._after is After.NOTHING:
+            record.note(outcome="failed", reason="the child ended before it had taken over")
         self._watch()
         self._ended.set()
+
+    def _record(self) -> Record:
+        pid = self._hot.child.pid if self._hot.child is not None else 0
+        return Record(self._directory, pid, "parent", logger)
+
+    def _tally(self) -> dict[str, int]:
+        return asdict(self._serving.tally)
 
     async def _leave(self) -> None:
         """Drain, stand by through the rollback window, and go; or serve again."""
         window = self._loop.time() + self._settings.rollback_window
+        record = self._record()
+        given = sorted(self._hot.child.given) if self._hot.child is not None else []
         await self._serving.pause()
         logger.info("Stopped accepting; draining")
+        record.note("stopped accepting", given=given)
         drain = asyncio.ensure_future(self._serving.drain(self._settings.drain_timeout))
         ended = asyncio.ensure_future(self._ended.wait())
         try:
             await asyncio.wait({drain, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if drain.done():
+                record.note("drained", tally=self._tally())
             if not ended.done():
                 await asyncio.wait({ended}, timeout=max(0.0, window - self._loop.time()))
             if ended.done() and self._after is After.RESUME:
@@ -95,11 +120,14 @@ class Succession:
                 await self._serving.resume()
                 self._leaving = None
                 logger.warning("Accepting again")
+                record.note("accepting again", outcome="rolled back", tally=self._tally())
                 return
-            await drain
+            if not drain.done():
+                await drain
+                record.note("drained", tally=self._tally())
         finally:
             drain.cancel()
             ended.cancel()
         self._hot.stand_down()
-        logger.info("Drained; leaving")
+        logger.info("Drained: %s; leaving", self._serving.tally)
         self._serving.leave()

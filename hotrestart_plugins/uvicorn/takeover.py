@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 
 import uvicorn
 
@@ -13,6 +14,7 @@ from hotrestart_plugins import address as addresses
 from hotrestart_plugins.address import Address
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
 from hotrestart_plugins.protocol import HotRestart, Role
+from hotrestart_plugins.record import Record
 from hotrestart_plugins.rendezvous import default_directory
 from hotrestart_plugins.settings import Settings
 
@@ -36,6 +38,9 @@ class Takeover:
         self.settings = settings
         self.hot: HotRestart | None = None
         """None where hot restart is off, and before `listen`."""
+        self.directory = Path()
+        """Where this instance meets others, once it has."""
+        self._record: Record | None = None
 
     def listen(self) -> list[socket.socket]:
         """Every listener, inherited, given or bound fresh; the caller owns them.
@@ -50,6 +55,11 @@ class Takeover:
                 if hot is not None:
                     hot.adopt(one)
             made = _listen(hot, wanted, self.config)
+            if hot is not None and self._record is not None:
+                bound = [name for name in hot.listeners if name not in hot.inherited]
+                self._record.note(
+                    "listeners inherited", inherited=sorted(hot.inherited), bound=bound
+                )
         except BaseException:
             for one in given:
                 one.close()
@@ -70,7 +80,10 @@ class Takeover:
                 return None
             directory = default_directory(names[0])
         self.hot = HotRestart(takeover_timeout=self.settings.takeover_timeout, logger=logger)
-        self.hot.initialize(directory, len(names))
+        self.directory = directory
+        if self.hot.initialize(directory, len(names)) is Role.CHILD:
+            self._record = Record(directory, os.getpid(), "child", logger)
+            self._record.begin()
         return self.hot
 
     def _wanted(self) -> tuple[list[Address], list[socket.socket]]:
@@ -106,8 +119,12 @@ class Takeover:
 
     def ready(self, listeners: Sequence[socket.socket]) -> HotRestart | None:
         """Tell the parent, if any, to go, and the user where this instance listens."""
+        if self._record is not None:
+            self._record.note("ready")
         if self.hot is not None:
             self.hot.ready()
+        if self._record is not None:
+            self._record.note(outcome="taken over")
         scheme = "https" if self.config.is_ssl else "http"
         for one in listeners:
             where = addresses.of_socket(one)
@@ -126,6 +143,8 @@ class Takeover:
         else:
             logger.error("The app failed to start", exc_info=error)
             why = f"the app failed to start: {type(error).__name__}: {error}"
+        if self._record is not None:
+            self._record.note(outcome="failed", reason=why)
         if self.hot is not None and self.hot.role is Role.CHILD:
             pid = self.parent_pid or "unknown"
             logger.error(

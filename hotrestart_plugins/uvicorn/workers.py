@@ -1,7 +1,8 @@
 """`--workers N`: uvicorn's supervisor and its worker processes, with a link between them.
 
 The link is a pair of SOCK_SEQPACKET sockets for each worker. Down it go ``pause`` and ``resume``,
-up it come ``ready``, ``paused`` and ``drained``. Its end tells either side that the other is gone.
+up it come ``ready``, ``paused`` and ``drained``, the last one with a tally in JSON behind it. Its
+end tells either side that the other is gone.
 """
 
 from __future__ import annotations
@@ -9,25 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import os
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess, multiprocess
 
 from hotrestart_plugins.draining import DrainingServer
+from hotrestart_plugins.endings import Tally
 from hotrestart_plugins.errors import HotRestartError, NotReady
+from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.settings import Settings
 from hotrestart_plugins.uvicorn.succession import Succession
 from hotrestart_plugins.uvicorn.takeover import Takeover
 
 READY, PAUSE, PAUSED, RESUME, DRAINED = b"ready", b"pause", b"paused", b"resume", b"drained"
-_WORD = 16  # bytes; no word is longer
+_MESSAGE = 4096  # bytes; no message is longer
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -35,11 +40,10 @@ logger = logging.getLogger("uvicorn.error")
 class WorkerServer(DrainingServer):
     """The server in a worker process. Owns its end of the link."""
 
-    drain_on_stop = False  # without a successor, a stop is uvicorn's own
-
-    def __init__(self, config: uvicorn.Config, link: socket.socket, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, link: socket.socket, settings: Settings) -> None:
         super().__init__(config)
-        self.drain_timeout = drain_timeout
+        self.drain_timeout = settings.drain_timeout
+        self.probe = Probe.of(settings, f"{config.host}:{config.port}")
         self._link = link
         self._draining: asyncio.Task[None] | None = None
 
@@ -57,7 +61,7 @@ class WorkerServer(DrainingServer):
 
     def _told(self) -> None:
         try:
-            word = self._link.recv(_WORD)
+            word = self._link.recv(_MESSAGE)
         except BlockingIOError:
             return
         except OSError:
@@ -73,13 +77,13 @@ class WorkerServer(DrainingServer):
             # The supervisor is gone. An orphan would go on serving old code beside the new one.
             loop.remove_reader(self._link.fileno())
             logger.warning("The supervisor has ended; worker [%d] drains and leaves", os.getpid())
-            self.drain_on_stop = self.should_exit = True
+            self.should_exit = True
 
     async def _pause_and_drain(self) -> None:
         await self.pause()
         self._say(PAUSED)
         await self.drain(self.drain_timeout)
-        self._say(DRAINED)
+        self._say(DRAINED + b" " + json.dumps(asdict(self.tally)).encode())
 
 
 class WorkerProcess(multiprocess.Process):
@@ -90,13 +94,13 @@ class WorkerProcess(multiprocess.Process):
         config: uvicorn.Config,
         sockets: list[socket.socket],
         *,
-        drain_timeout: float,
+        settings: Settings,
         born: Callable[[WorkerProcess], None],
     ) -> None:
         """`born` is called in the supervisor when the process was started."""
         super().__init__(config, sockets)
         self.link, self._far_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._drain_timeout = drain_timeout
+        self._settings = settings
         self._born: Callable[[WorkerProcess], None] | None = born
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +121,7 @@ class WorkerProcess(multiprocess.Process):
     def server(self) -> uvicorn.Server:
         """In the worker: its server."""
         if self._server is None:
-            self._server = WorkerServer(self.config, self._far_link, self._drain_timeout)
+            self._server = WorkerServer(self.config, self._far_link, self._settings)
         return self._server
 
     def say(self, word: bytes) -> None:
@@ -140,23 +144,28 @@ class Supervisor(Multiprocess):
             sys.exit(error.status)
         super().__init__(config, sockets)
         self._conductor = Conductor(self, self._takeover, settings)
+        self._status = 0
 
     def run(self) -> None:
         """Serve until told to stop; raises SystemExit with a status that says why it failed."""
         with _processes_made_by(
             functools.partial(
                 WorkerProcess,
-                drain_timeout=self._settings.drain_timeout,
+                settings=self._settings,
                 born=self._conductor.born,
             )
         ):
             super().run()
-        status = self._conductor.stop()
+        if self._status:
+            sys.exit(self._status)
+
+    def terminate_all(self) -> None:
+        """As uvicorn's. No copy of a listener stays open meanwhile that nobody would accept on."""
+        self._status = self._conductor.stop()
         for one in self.sockets:
             one.close()
-        self._takeover.close(crashed=status != 0)
-        if status:
-            sys.exit(status)
+        self._takeover.close(crashed=self._status != 0)
+        super().terminate_all()
 
     def init_processes(self) -> None:
         """As uvicorn's; and somebody listens to them."""
@@ -187,6 +196,7 @@ class Conductor:
 
     def __init__(self, supervisor: Supervisor, takeover: Takeover, settings: Settings) -> None:
         self.replaced = False
+        self.tally = Tally()
         self._supervisor = supervisor
         self._takeover = takeover
         self._settings = settings
@@ -242,7 +252,7 @@ class Conductor:
 
     def _hear(self, process: WorkerProcess) -> None:
         try:
-            word = process.link.recv(_WORD)
+            word = process.link.recv(_MESSAGE)
         except BlockingIOError:
             return
         except OSError:
@@ -250,6 +260,9 @@ class Conductor:
         if not word:
             self._remove(process)
             return
+        word, _, rest = word.partition(b" ")
+        if rest:
+            self.tally += Tally(**json.loads(rest))
         self._said[process].add(word)
         self._heard.set()
 
@@ -276,7 +289,7 @@ class Conductor:
             self._fail(error)
         else:
             if hot is not None:
-                self._succession = Succession(hot, self._settings, self)
+                self._succession = Succession(hot, self._takeover.directory, self._settings, self)
 
     async def _all_ready(self) -> None:
         wanted = self._supervisor.processes_num
@@ -301,6 +314,7 @@ class Conductor:
     async def pause(self) -> None:
         """Every worker stops accepting."""
         self.replaced = True
+        self.tally = Tally()
         for process, said in self._said.items():
             said -= {PAUSED, DRAINED}
             process.say(PAUSE)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import http.client
 import socket
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEADLINE = 30.0
 
@@ -21,7 +25,7 @@ class Connection:
             host, _, port = address.rpartition(":")
             self.sock = socket.create_connection((host.strip("[]"), int(port)), DEADLINE)
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,0 +1,155 @@
+"""How the connections of a draining uvicorn server end, and the account of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from uvicorn.server import ServerState
+
+SPREAD = 0.2  # the last part of a drain, over which long-lived connections are ended
+MOST_SPREAD = 10.0  # seconds; a longer one helps no client
+
+_MOST_STREAM = 2**31 - 1  # a GOAWAY that only says 'no new ones, please', RFC 9113 section 6.8
+_EVENT_STREAM = b"text/event-stream"
+
+
+@dataclass
+class Tally:
+    """What a drain did, in connections unless it says otherwise."""
+
+    requests: int = 0
+    """Requests answered since it began."""
+    finished: int = 0
+    """Closed after an answer."""
+    idle: int = 0
+    """Closed without a further request, by the client or by the keep-alive timeout."""
+    websockets: int = 0
+    """WebSockets closed with 1012."""
+    streams: int = 0
+    """Event streams brought to their end."""
+    cut_requests: int = 0
+    """Requests under way when the time was over."""
+    cut_websockets: int = 0
+    cut_idle: int = 0
+    cut_tasks: int = 0
+    """Background tasks, likewise."""
+
+    def __add__(self, other: Tally) -> Tally:
+        """The sum, of several workers."""
+        mine, theirs = asdict(self), asdict(other)
+        return Tally(**{name: mine[name] + theirs[name] for name in mine})
+
+    @property
+    def cut(self) -> int:
+        """All that was cut off."""
+        return self.cut_requests + self.cut_websockets + self.cut_idle + self.cut_tasks
+
+    def cut_text(self) -> str:
+        """What was cut off, in words."""
+        return (
+            f"cutting off {self.cut_requests} requests, {self.cut_websockets} WebSockets, "
+            f"{self.cut_idle} idle connections, {self.cut_tasks} background tasks"
+        )
+
+    def __str__(self) -> str:
+        ended = self.finished + self.idle + self.websockets + self.streams
+        return (
+            f"{self.requests} requests answered while draining; {ended} connections ended "
+            f"({self.finished} after an answer, {self.idle} idle, {self.websockets} WebSockets, "
+            f"{self.streams} event streams), {self.cut} cut off"
+        )
+
+
+def is_websocket(connection: Any) -> bool:
+    """HTTP connections have a request cycle, or several; WebSockets have none."""
+    return not hasattr(connection, "cycle") and not hasattr(connection, "cycles")
+
+
+def is_idle(connection: Any) -> bool:
+    """Whether the connection waits for a request. HTTP/2 too; a WebSocket never does."""
+    if hasattr(connection, "cycles"):
+        return not connection.cycles
+    cycle = getattr(connection, "cycle", None)
+    return not is_websocket(connection) and (cycle is None or cycle.response_complete)
+
+
+def ask_to_leave(connection: Any) -> None:
+    """HTTP/2 has no ``Connection: close``: send GOAWAY, and serve what is on its way."""
+    if hasattr(connection, "cycles"):
+        connection.conn.close(last_stream_id=_MOST_STREAM)
+        connection.flush()
+
+
+class Endings:
+    """The connections that were open when a drain began, and what becomes of them."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._requests = state.total_requests
+        # Whether an answer was under way, or which one was the last.
+        self._then = {one: (is_idle(one), getattr(one, "cycle", None)) for one in state.connections}
+        self._tally = Tally()
+        self._long: list[Any] | None = None
+        self.ended: set[Any] = set()
+        """The long-lived connections that were brought to their end."""
+
+    async def spread(self, left: float, whole: float) -> None:
+        """With `left` of `whole` seconds to go, end as many of the long-lived as is due."""
+        spread = min(whole * SPREAD, MOST_SPREAD)
+        if left > spread:
+            return
+        if self._long is None:
+            self._long = [one for one in self._state.connections if _is_long(one)]
+        # The last quarter is the apps', to notice and to end.
+        part = min(1.0, (spread - left) / (spread * 0.75)) if spread else 1.0
+        due = round(len(self._long) * part)
+        for one in self._long[len(self.ended) : max(due, 1)]:
+            self.ended.add(one)
+            if one in self._state.connections:
+                await self._end(one)
+
+    async def _end(self, connection: Any) -> None:
+        if is_websocket(connection):
+            self._tally.websockets += 1
+            connection.shutdown()
+            return
+        # Its last chunk, so that the client sees the end of the stream and not a cut; the app's
+        # receive() then says that the client has gone.
+        cycle = connection.cycle
+        self._tally.streams += 1
+        cycle.keep_alive = False
+        await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def tally(self) -> Tally:
+        """The account, as of now; what is open counts as cut off."""
+        tally = Tally(websockets=self._tally.websockets, streams=self._tally.streams)
+        tally.requests = self._state.total_requests - self._requests
+        for one, (was_idle, cycle) in self._then.items():
+            if one in self._state.connections or one in self.ended:
+                continue
+            if was_idle and getattr(one, "cycle", None) is cycle:
+                tally.idle += 1
+            else:
+                tally.finished += 1
+        for one in self._state.connections:
+            if is_websocket(one):
+                tally.cut_websockets += one not in self.ended
+            elif is_idle(one):
+                tally.cut_idle += 1
+            else:
+                tally.cut_requests += 1
+        busy = tally.cut_requests + tally.cut_websockets
+        tally.cut_tasks = max(0, len(self._state.tasks) - busy)
+        return tally
+
+
+def _is_long(connection: Any) -> bool:
+    """Whether it lasts until somebody ends it: a WebSocket, or an event stream under way."""
+    if is_websocket(connection):
+        return True
+    cycle = getattr(connection, "cycle", None)
+    if cycle is None or cycle.response_complete or not cycle.response_started:
+        return False
+    accepted = (value for name, value in cycle.scope["headers"] if name == b"accept")
+    return any(_EVENT_STREAM in value for value in accepted)

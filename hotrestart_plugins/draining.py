@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -26,7 +27,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.endings import Endings, Tally, ask_to_leave, is_idle
+from hotrestart_plugins.moving import Mover, Receiver, movable
 from hotrestart_plugins.probe import Probe
 
 CLOSE = (b"connection", b"close")
@@ -58,6 +61,8 @@ class DrainingServer(uvicorn.Server):
         """What the last drain did."""
         self._listeners: list[socket.socket] = []
         self._endings: Endings | None = None
+        self._mover: Mover | None = None
+        self._receiver: Receiver | None = None
         self._drain_deadline = 0.0
         if self.on_created is not None:
             type(self).on_created(self)  # type: ignore[misc]
@@ -98,10 +103,11 @@ class DrainingServer(uvicorn.Server):
 
     # -- accepting -----------------------------------------------------------------------------
 
-    async def pause(self) -> None:
+    async def pause(self, successor: Successor | None = None) -> None:
         """Accept nothing from now on; what was accepted is kept, and closed after its answer.
 
-        Duplicates of the listeners stay open, so that `resume` can accept on them again.
+        With a `successor`, connections go to it between two messages instead. Duplicates of the
+        listeners stay open, so that `resume` can accept on them again.
         """
         if self.paused or not self.started:
             return
@@ -122,14 +128,28 @@ class DrainingServer(uvicorn.Server):
         self.servers = []
         self._listeners = kept
         self._endings = Endings(self.server_state)
-        self._announce_close()
+        if successor is not None and movable(self.config):
+            self._mover = Mover(successor, self._not_moved)
+        if self._mover is not None and self._mover.active:
+            for connection in list(self.server_state.connections):
+                self._mover.watch(connection)
+        else:
+            self._announce_close()
         drain.set()
+
+    def _not_moved(self) -> None:
+        """The successor takes no connections any more."""
+        if self.paused:
+            self._announce_close()
 
     async def resume(self) -> None:
         """Accept again, after `pause`."""
         if not self.paused:
             return
         self.paused = False
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
         self._endings = None
         drain.clear()
         self.config.encoded_headers = _without_close(self.config.encoded_headers)
@@ -157,6 +177,11 @@ class DrainingServer(uvicorn.Server):
         for connection in self.server_state.connections:
             ask_to_leave(connection)
 
+    def take_in(self, path: Path) -> None:
+        """Listen at `path` for the connections of the instance that this one takes over from."""
+        if movable(self.config):
+            self._receiver = Receiver(path, self._protocol)
+
     # -- draining ------------------------------------------------------------------------------
 
     async def drain(self, seconds: float, *, linger: float | None = None) -> bool:
@@ -179,7 +204,7 @@ class DrainingServer(uvicorn.Server):
                     if is_idle(connection):
                         connection.shutdown()
             await asyncio.sleep(_LOOK)
-        self.tally = endings.tally()
+        self.tally = endings.tally(self._mover.moved if self._mover else frozenset())
         return not self._open()
 
     def _open(self) -> int:
@@ -196,6 +221,8 @@ class DrainingServer(uvicorn.Server):
                 self.drain_timeout if timeout is None else float(timeout),
                 linger=self.config.timeout_keep_alive,
             )
+        if self._receiver is not None:
+            self._receiver.close()
         if self.paused:
             self._cut_off()
             self._close_listeners()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class Tally:
     """Requests answered since it began."""
     finished: int = 0
     """Closed after an answer."""
+    moved: int = 0
+    """Handed over to the successor."""
     idle: int = 0
     """Closed without a further request, by the client or by the keep-alive timeout."""
     websockets: int = 0
@@ -55,9 +58,9 @@ class Tally:
     def __str__(self) -> str:
         ended = self.finished + self.idle + self.websockets + self.streams
         return (
-            f"{self.requests} requests answered while draining; {ended} connections ended "
-            f"({self.finished} after an answer, {self.idle} idle, {self.websockets} WebSockets, "
-            f"{self.streams} event streams), {self.cut} cut off"
+            f"{self.requests} requests answered while draining; {self.moved} connections handed "
+            f"over, {ended} ended ({self.finished} after an answer, {self.idle} idle, "
+            f"{self.websockets} WebSockets, {self.streams} event streams), {self.cut} cut off"
         )
 
 
@@ -121,12 +124,13 @@ class Endings:
         cycle.keep_alive = False
         await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def tally(self) -> Tally:
-        """The account, as of now; what is open counts as cut off."""
+    def tally(self, moved: AbstractSet[Any] = frozenset()) -> Tally:
+        """The account, as of now, less what was `moved`; what is open counts as cut off."""
         tally = Tally(websockets=self._tally.websockets, streams=self._tally.streams)
+        tally.moved = len(moved)
         tally.requests = self._state.total_requests - self._requests
         for one, (was_idle, cycle) in self._then.items():
-            if one in self._state.connections or one in self.ended:
+            if one in self._state.connections or one in self.ended or one in moved:
                 continue
             if was_idle and getattr(one, "cycle", None) is cycle:
                 tally.idle += 1

@@ -168,6 +168,15 @@ OPTIONS = (
         "PATH|MODULE:FUNCTION",
     ),
     Option(
+        "no_handover",
+        "--no-connection-handover",
+        "NO_CONNECTION_HANDOVER",
+        _switch,
+        "1 or 0",
+        "Do not hand kept-alive connections over to the next instance: each is answered once more, "
+        "with Connection: close.",
+    ),
+    Option(
         "disable",
         "--no-hot-restart",
         "DISABLE",
@@ -189,6 +198,7 @@ class Settings:
     drain_timeout: float = 60.0
     rollback_window: float = 10.0
     probe: str = ""
+    no_handover: bool = False
     disable: bool = False
 
     @classmethod

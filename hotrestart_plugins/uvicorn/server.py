@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import socket
 import sys
 from typing import Any
 
 import uvicorn
 
+from hotrestart_plugins.connections import path_of
 from hotrestart_plugins.draining import DrainingServer
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
 from hotrestart_plugins.probe import Probe
@@ -96,6 +98,9 @@ class Server(DrainingServer):
             return
         if self._watchdog is not None:
             self._watchdog.disarm()
+        successor = self._takeover.successor
+        if successor is not None:
+            self.take_in(path_of(successor, os.getpid()))
         hot = self._takeover.ready(sockets or [])
         if hot is not None:
             self._succession = Succession(hot, self._takeover.directory, self.settings, self)

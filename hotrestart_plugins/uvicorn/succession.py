@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.endings import Tally
 from hotrestart_plugins.protocol import After, HotRestart, Role
 from hotrestart_plugins.record import Record
@@ -22,8 +23,8 @@ class Serving(Protocol):
     tally: Tally
     """What the last drain did."""
 
-    async def pause(self) -> None:
-        """Accept nothing from now on."""
+    async def pause(self, successor: Successor | None = None) -> None:
+        """Accept nothing from now on; connections may go to the `successor`."""
 
     async def resume(self) -> None:
         """Accept again."""
@@ -103,8 +104,12 @@ class Succession:
         """Drain, stand by through the rollback window, and go; or serve again."""
         window = self._loop.time() + self._settings.rollback_window
         record = self._record()
-        given = sorted(self._hot.child.given) if self._hot.child is not None else []
-        await self._serving.pause()
+        child = self._hot.child
+        given = sorted(child.given) if child is not None else []
+        successor = None
+        if child is not None and not self._settings.no_handover:
+            successor = Successor(self._directory, child.pid)
+        await self._serving.pause(successor)
         logger.info("Stopped accepting; draining")
         record.note("stopped accepting", given=given)
         drain = asyncio.ensure_future(self._serving.drain(self._settings.drain_timeout))

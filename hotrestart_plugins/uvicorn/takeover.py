@@ -12,6 +12,7 @@ import uvicorn
 
 from hotrestart_plugins import address as addresses
 from hotrestart_plugins.address import Address
+from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
 from hotrestart_plugins.protocol import HotRestart, Role
 from hotrestart_plugins.record import Record
@@ -111,6 +112,13 @@ class Takeover:
                 one.close()
             raise
         return list(dict.fromkeys(wanted)), given
+
+    @property
+    def successor(self) -> Successor | None:
+        """What this instance is to its parent, where it takes connections in; else None."""
+        if self.hot is None or self.hot.role is not Role.CHILD or self.settings.no_handover:
+            return None
+        return Successor(self.directory, os.getpid())
 
     @property
     def parent_pid(self) -> int:

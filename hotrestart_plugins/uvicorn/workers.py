@@ -1,8 +1,8 @@
 """`--workers N`: uvicorn's supervisor and its worker processes, with a link between them.
 
-The link is a pair of SOCK_SEQPACKET sockets for each worker. Down it go ``pause`` and ``resume``,
-up it come ``ready``, ``paused`` and ``drained``, the last one with a tally in JSON behind it. Its
-end tells either side that the other is gone.
+The link is a pair of SOCK_SEQPACKET sockets for each worker. Down it go ``pause``, with the
+successor behind it, and ``resume``; up it come ``ready``, ``paused``, and ``drained`` with a tally
+behind it; what is behind a word is JSON. Its end tells either side that the other is gone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess, multiprocess
 
+from hotrestart_plugins.connections import Successor, path_of
 from hotrestart_plugins.draining import DrainingServer
 from hotrestart_plugins.endings import Tally
 from hotrestart_plugins.errors import HotRestartError, NotReady
@@ -40,8 +42,15 @@ logger = logging.getLogger("uvicorn.error")
 class WorkerServer(DrainingServer):
     """The server in a worker process. Owns its end of the link."""
 
-    def __init__(self, config: uvicorn.Config, link: socket.socket, settings: Settings) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        link: socket.socket,
+        settings: Settings,
+        successor: Successor | None,
+    ) -> None:
         super().__init__(config)
+        self._successor = successor
         self.drain_timeout = settings.drain_timeout
         self.probe = Probe.of(settings, f"{config.host}:{config.port}")
         self._link = link
@@ -53,6 +62,8 @@ class WorkerServer(DrainingServer):
         if self.started:
             self._link.setblocking(False)
             asyncio.get_running_loop().add_reader(self._link.fileno(), self._told)
+            if self._successor is not None:
+                self.take_in(path_of(self._successor, os.getpid()))
             self._say(READY)
 
     def _say(self, word: bytes) -> None:
@@ -69,8 +80,11 @@ class WorkerServer(DrainingServer):
         if self._draining is not None:
             self._draining.cancel()
         loop = asyncio.get_running_loop()
+        word, _, rest = word.partition(b" ")
         if word == PAUSE:
-            self._draining = loop.create_task(self._pause_and_drain())
+            directory, pid = json.loads(rest) if rest else (None, 0)
+            successor = Successor(Path(directory), pid) if directory else None
+            self._draining = loop.create_task(self._pause_and_drain(successor))
         elif word == RESUME:
             self._draining = loop.create_task(self.resume())
         else:
@@ -79,8 +93,8 @@ class WorkerServer(DrainingServer):
             logger.warning("The supervisor has ended; worker [%d] drains and leaves", os.getpid())
             self.should_exit = True
 
-    async def _pause_and_drain(self) -> None:
-        await self.pause()
+    async def _pause_and_drain(self, successor: Successor | None) -> None:
+        await self.pause(successor)
         self._say(PAUSED)
         await self.drain(self.drain_timeout)
         self._say(DRAINED + b" " + json.dumps(asdict(self.tally)).encode())
@@ -95,12 +109,17 @@ class WorkerProcess(multiprocess.Process):
         sockets: list[socket.socket],
         *,
         settings: Settings,
+        takeover: Takeover,
         born: Callable[[WorkerProcess], None],
     ) -> None:
-        """`born` is called in the supervisor when the process was started."""
+        """`born` is called in the supervisor when the process was started.
+
+        While the instance takes over, its workers take the parent's connections in.
+        """
         super().__init__(config, sockets)
         self.link, self._far_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._settings = settings
+        self._successor = takeover.successor
         self._born: Callable[[WorkerProcess], None] | None = born
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,7 +140,9 @@ class WorkerProcess(multiprocess.Process):
     def server(self) -> uvicorn.Server:
         """In the worker: its server."""
         if self._server is None:
-            self._server = WorkerServer(self.config, self._far_link, self._settings)
+            self._server = WorkerServer(
+                self.config, self._far_link, self._settings, self._successor
+            )
         return self._server
 
     def say(self, word: bytes) -> None:
@@ -152,6 +173,7 @@ class Supervisor(Multiprocess):
             functools.partial(
                 WorkerProcess,
                 settings=self._settings,
+                takeover=self._takeover,
                 born=self._conductor.born,
             )
         ):
@@ -311,13 +333,16 @@ class Conductor:
 
     # -- Serving, for the succession -----------------------------------------------------------
 
-    async def pause(self) -> None:
-        """Every worker stops accepting."""
+    async def pause(self, successor: Successor | None = None) -> None:
+        """Every worker stops accepting, and hands its connections to those of the successor."""
         self.replaced = True
         self.tally = Tally()
+        word = PAUSE
+        if successor is not None:
+            word += b" " + json.dumps([str(successor.directory), successor.pid]).encode()
         for process, said in self._said.items():
             said -= {PAUSED, DRAINED}
-            process.say(PAUSE)
+            process.say(word)
         await self._all_say(PAUSED)
 
     async def resume(self) -> None:

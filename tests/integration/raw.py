@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import socket
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ class Connection:
         else:
             host, _, port = address.rpartition(":")
             self.sock = socket.create_connection((host.strip("[]"), int(port)), DEADLINE)
+        self._file = self.sock.makefile("rb")
 
     def __enter__(self) -> Self:
         return self
@@ -34,6 +35,7 @@ class Connection:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._file.close()
         self.sock.close()
 
     def send(self, data: bytes) -> None:
@@ -44,24 +46,48 @@ class Connection:
         return self.answer()
 
     def answer(self) -> Answer:
-        """Read one answer."""
-        response = http.client.HTTPResponse(self.sock)
-        response.begin()
-        return Answer(response, response.read())
+        """Read one answer; what came behind it is kept for the next."""
+        head = [self._line()]
+        while line := self._line():
+            head.append(line)
+        headers = dict(line.lower().split(": ", 1) for line in head[1:])
+        if headers.get("transfer-encoding") == "chunked":
+            body = b""
+            while size := int(self._line(), 16):
+                body += self._file.read(size)
+                self._line()
+            self._line()
+        else:
+            body = self._file.read(int(headers["content-length"]))
+        return Answer(int(head[0].split()[1]), headers, body)
+
+    def _line(self) -> str:
+        line = self._file.readline().decode("latin-1")
+        if not line.endswith("\r\n"):
+            raise ConnectionError(f"the connection ended after {line!r}")
+        return line[:-2]
 
     def at_end(self) -> bool:
         """Whether the server closes the connection, without a reset."""
-        return self.sock.recv(1) == b""
+        return self._file.read(1) == b""
 
 
+@dataclass
 class Answer:
-    """A status, who gave it, and whether the connection ends with it."""
+    """A status, and who gave it."""
 
-    def __init__(self, response: http.client.HTTPResponse, body: bytes) -> None:
-        self.status = response.status
-        self.pid = int(response.headers.get("X-Served-By", 0))
-        self.closes = "close" in response.headers.get("Connection", "").lower()
-        self.body = body
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def pid(self) -> int:
+        return int(self.headers.get("x-served-by", 0))
+
+    @property
+    def closes(self) -> bool:
+        """Whether the connection ends with it."""
+        return "close" in self.headers.get("connection", "").lower()
 
 
 def request(path: str = "/", more: str = "") -> bytes:

@@ -1,4 +1,4 @@
-"""How a replaced instance ends what is open, and how the app hears of it."""
+"""How a replaced instance ends what it cannot hand over, and how the app hears of it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ HANDSHAKE = (
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 )
 RESTART = (1012).to_bytes(2, "big")  # Service Restart, the IANA registry of close codes
+NO_HANDOVER = "--no-connection-handover"
 SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 
 
@@ -64,7 +65,7 @@ def read_all(sock: socket.socket) -> bytes:
 @SERVERS
 def test_the_app_hears_of_the_drain(place: Deploys, address: str, server: str) -> None:
     """An endless stream ends on its own terms, and the health check turns; the new one is fine."""
-    args = command(server, address, "--timeout-keep-alive", "60")
+    args = command(server, address, "--timeout-keep-alive", "60", NO_HANDOVER)
     old = up(place, args)
     with Connection(address) as stream, Connection(address) as checked:
         stream.send(request("/events"))
@@ -108,7 +109,7 @@ def test_long_lived_connections_are_ended_one_by_one(
 
 def test_what_a_drain_did_is_counted(place: Deploys, address: str) -> None:
     """One line: answered, ended after an answer, idle, cut off."""
-    args = command("uvicorn", address, "--timeout-keep-alive", "1")
+    args = command("uvicorn", address, "--timeout-keep-alive", "1", NO_HANDOVER)
     old = up(place, args)
     with Connection(address) as idle, Connection(address) as unread:
         assert idle.get().status == 200
@@ -119,7 +120,10 @@ def test_what_a_drain_did_is_counted(place: Deploys, address: str) -> None:
         assert unread.answer().closes
         assert idle.at_end()  # its own keep-alive timeout
         assert old.wait() == 0
-    counted = "1 requests answered while draining; 2 connections ended (1 after an answer, 1 idle"
+    counted = (
+        "1 requests answered while draining; 0 connections handed over, 2 ended "
+        "(1 after an answer, 1 idle, 0 WebSockets, 0 event streams), 0 cut off"
+    )
     assert counted in old.log
 
 

@@ -25,6 +25,7 @@ from tests.integration.raw import Connection, ask, request
 STOPPED = "Stopped accepting"
 ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
+NO_HANDOVER = "--no-connection-handover"
 
 
 @pytest.fixture
@@ -75,6 +76,7 @@ def test_no_request_fails_in_takeovers_in_a_row(place: Deploys, address: str, se
             load.wait(answers=100)
         report = load.stop()
     assert not report.failures, report
+    assert (report.reconnects, report.closed_idle) == (0, 0), report
     for _old, olds, moment in stopped:
         for pid in olds:
             assert report.by_pid[pid].last_begun < moment
@@ -88,7 +90,8 @@ def test_what_is_open_is_answered_once_more(
 ) -> None:
     """Accepted and unread, half read, idle, and under way: each is answered by the old instance,
     the last answer says that the connection closes, and only then it does."""
-    args = command(server, address, "--loop", loop, "--http", parser)
+    args = command(server, address, "--loop", loop, "--http", parser, NO_HANDOVER)
+    args += ["--timeout-keep-alive", "60"]
     old = up(place, args)
     with contextlib.ExitStack() as stack:
         unread, half, idle, busy, upload = (
@@ -122,7 +125,7 @@ def test_what_is_open_is_answered_once_more(
 
 def test_a_websocket_opened_while_draining_works(place: Deploys, address: str) -> None:
     """A handshake on a connection that the old instance holds gets a plain 101, and an echo."""
-    args = command("uvicorn", address)
+    args = command("uvicorn", address, NO_HANDOVER)
     old = up(place, args)
     with Connection(address) as unread:
         assert ask(address).status == 200
@@ -148,7 +151,7 @@ def test_a_websocket_opened_while_draining_works(place: Deploys, address: str) -
 
 def test_a_drain_ends_at_its_timeout(place: Deploys, address: str) -> None:
     """A client that never sends anything does not keep the old instance for ever."""
-    args = command("uvicorn", address)
+    args = command("uvicorn", address, NO_HANDOVER)
     old = up(place, args, HOTRESTART_DRAIN_TIMEOUT="0.5")
     with Connection(address) as silent:
         assert ask(address).status == 200

@@ -1,0 +1,194 @@
+"""Established connections, from one process to another: the channel, and its rules.
+
+A channel of its own, which a Volo peer never sees: a SOCK_SEQPACKET listener of each process of the
+new instance in the meeting directory, ``connections.CHILD.PROCESS``. A batch is one message: its
+number and a byte for each connection, the descriptors beside it. The answer is its number, or
+nothing::
+
+    old                                     new
+    stops reading
+    batch, up to 253 descriptors   -->      checks each
+                                   <--      its number: 'mine from here on'
+    closes its copies                       reads
+
+Until the number has come the old process holds its copies and may read again: if the channel ends
+first, what was not acknowledged never was the new one's. The new one reads nothing before its
+acknowledgement has gone out. So a connection is never served by both, and never by none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from hotrestart_plugins.errors import MessageError, WrongPeer
+from hotrestart_plugins.transport import close_all
+
+MOST = 253
+"""Descriptors that fit in one message: SCM_MAX_FD, unix(7)."""
+
+_NUMBER = struct.Struct("=I")
+_UCRED = struct.Struct("=iII")  # struct ucred, unix(7): pid, uid, gid
+_FD_SIZE = 4
+_BACKLOG = 64
+
+
+class Kind(bytes, enum.Enum):
+    """What a connection waits for."""
+
+    UNREAD = b"u"
+    """It was accepted, and nothing was read from it."""
+    IDLE = b"i"
+    """Its last request was answered."""
+
+
+class Successor(NamedTuple):
+    """Where connections may go."""
+
+    directory: Path
+    """The meeting directory."""
+    pid: int
+    """The child's."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One connection that came. Whoever receives it owns the socket."""
+
+    sock: socket.socket
+    kind: Kind
+
+
+def path_of(successor: Successor, process_pid: int) -> Path:
+    """Where a process of the new instance listens for connections."""
+    return successor.directory / f"connections.{successor.pid}.{process_pid}"
+
+
+def receivers(successor: Successor) -> list[Path]:
+    """Where the processes of the new instance listen."""
+    return sorted(successor.directory.glob(f"connections.{successor.pid}.*"))
+
+
+def listen(path: Path) -> socket.socket:
+    """A listener for channels; the caller owns it, and the file."""
+    path.unlink(missing_ok=True)
+    sock = _socket()
+    try:
+        sock.bind(str(path))
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def connect(path: Path) -> socket.socket:
+    """A channel to who listens there; the caller owns it. Raises OSError, WrongPeer."""
+    sock = _socket()
+    try:
+        sock.connect(str(path))
+        check(sock)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _socket() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.setblocking(False)
+    return sock
+
+
+def check(channel: socket.socket) -> None:
+    """Raise WrongPeer unless the kernel names this user or root as the other side."""
+    found = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _gid = _UCRED.unpack(found)
+    if uid not in (0, os.geteuid()):
+        raise WrongPeer(f"pid {pid} runs as uid {uid}, not as {os.geteuid()} or root")
+
+
+def send(channel: socket.socket, number: int, batch: Sequence[tuple[int, Kind]]) -> None:
+    """Send a batch of descriptors, which stay the caller's. Raises BlockingIOError, OSError."""
+    kinds = b"".join(kind.value for _, kind in batch)
+    fds = struct.pack(f"={len(batch)}i", *(fd for fd, _ in batch))
+    channel.sendmsg([_NUMBER.pack(number) + kinds], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+
+
+def receive(channel: socket.socket) -> tuple[int, list[Arrival]] | None:
+    """A batch, its sockets the caller's; None at the end of the channel.
+
+    Raises BlockingIOError, OSError, and MessageError for what cannot be taken as a whole: the
+    descriptors are closed then, and must not be acknowledged.
+    """
+    data, ancillary, flags, _ = channel.recvmsg(
+        _NUMBER.size + MOST, socket.CMSG_SPACE(MOST * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
+    )
+    if not data:
+        return None
+    fds: list[int] = []
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.extend(struct.unpack(f"={len(content) // _FD_SIZE}i", content))
+    kinds = data[_NUMBER.size :]
+    # Cut off: this process has no room for more descriptors.
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != len(kinds):
+        close_all(fds)
+        raise MessageError(f"{len(fds)} of {len(kinds)} connections came (descriptor limit?)")
+    (number,) = _NUMBER.unpack_from(data)
+    return number, _arrivals(fds, kinds)
+
+
+def _arrivals(fds: list[int], kinds: bytes) -> list[Arrival]:
+    found: list[Arrival] = []
+    for fd, kind in zip(fds, kinds, strict=True):
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:  # no socket
+            close_all([fd])
+            continue
+        try:
+            sock.getpeername()
+            good = sock.type == socket.SOCK_STREAM
+        except OSError:  # the client has gone, or it never was a connection
+            good = False
+        if good:
+            sock.setblocking(False)
+            found.append(Arrival(sock, Kind(bytes([kind]))))
+        else:
+            sock.close()
+    return found
+
+
+def acknowledge(channel: socket.socket, number: int) -> None:
+    """Say that the batch was taken. Raises OSError if the other side cannot hear it."""
+    channel.send(_NUMBER.pack(number))
+
+
+def acknowledged(channel: socket.socket) -> int | None:
+    """The number of a batch that was taken; None at the end. Raises BlockingIOError, OSError."""
+    data = channel.recv(_NUMBER.size)
+    if len(data) < _NUMBER.size:
+        return None
+    (number,) = _NUMBER.unpack(data)
+    return int(number)
+
+
+def cut(channel: socket.socket) -> list[int]:
+    """End a channel; the numbers that were acknowledged and not yet heard. Closes it.
+
+    From here on the other side's acknowledgement fails, so what is not among them stays here.
+    """
+    numbers: list[int] = []
+    with channel, contextlib.suppress(OSError):
+        channel.shutdown(socket.SHUT_RDWR)
+        while (number := acknowledged(channel)) is not None:
+            numbers.append(number)
+    return numbers

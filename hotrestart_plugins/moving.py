@@ -1,0 +1,343 @@
+"""Moving the connections of a uvicorn server to its successor, and taking them in there.
+
+Plain HTTP/1.1 between two messages is nothing but a descriptor. What a connection must be for that
+is read off uvicorn's protocols, h11's and httptools'; zttp shows neither its state nor its buffer,
+TLS and HTTP/2 have state that cannot be sent, and a WebSocket is never between two messages. These
+take the drain's way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from hotrestart_plugins import connections
+from hotrestart_plugins.connections import Arrival, Kind, Successor
+from hotrestart_plugins.errors import HotRestartError, MessageError
+
+_PARSERS = {"uvicorn.protocols.http.h11_impl", "uvicorn.protocols.http.httptools_impl"}
+_UNDER_WAY = 4  # batches that may wait for their acknowledgement
+_PATIENCE = 5.0  # seconds to wait for one
+
+logger = logging.getLogger("uvicorn.error")
+
+
+def kind_of(connection: Any) -> Kind | None:
+    """What a connection waits for, if it stands between two messages; None: it must stay."""
+    if not hasattr(connection, "cycle"):  # a WebSocket
+        return None
+    transport = connection.transport
+    if (
+        transport is None
+        or transport.is_closing()
+        or transport.get_extra_info("ssl_object") is not None
+        or transport.get_write_buffer_size()
+    ):
+        return None
+    if hasattr(connection, "conn"):
+        return _kind_h11(connection)
+    if hasattr(connection, "pipeline") and hasattr(connection, "parser"):
+        return _kind_httptools(connection)
+    return None
+
+
+def _kind_h11(connection: Any) -> Kind | None:
+    if not hasattr(connection.conn, "trailing_data") or hasattr(connection, "cycles"):
+        return None
+    states = (connection.conn.our_state.__name__, connection.conn.their_state.__name__)
+    if states != ("IDLE", "IDLE") or connection.conn.trailing_data != (b"", False):
+        return None
+    cycle = connection.cycle
+    if cycle is None:
+        return Kind.UNREAD
+    return Kind.IDLE if cycle.response_complete and cycle.keep_alive else None
+
+
+def _kind_httptools(connection: Any) -> Kind | None:
+    cycle = connection.cycle
+    if cycle is None:
+        # The scope is made with the first byte of a message.
+        return Kind.UNREAD if connection.scope is None else None
+    whole = cycle.response_complete and not cycle.more_body and not connection.pipeline
+    # A later message has begun if the scope is no longer that of the last request.
+    return Kind.IDLE if whole and cycle.keep_alive and cycle.scope is connection.scope else None
+
+
+def movable(config: uvicorn.Config) -> bool:
+    """Whether this server's connections can be moved at all: plaintext, and by these parsers."""
+    modules = {one.__module__ for one in config.http_protocol_class.__mro__}
+    return config.ssl is None and bool(modules & _PARSERS)
+
+
+class Mover:
+    """The old side: offers each connection to the processes of the new instance, in turn."""
+
+    def __init__(self, successor: Successor, failed: Callable[[], None]) -> None:
+        """`failed` is called if the last channel has ended while it was still wanted."""
+        self.moved: set[Any] = set()
+        """The connections that the new instance has."""
+        self._failed = failed
+        self._loop = asyncio.get_running_loop()
+        self._outlets: list[_Outlet] = []
+        for path in connections.receivers(successor):
+            with contextlib.suppress(OSError, HotRestartError):
+                self._outlets.append(_Outlet(self, connections.connect(path)))
+        # Each process of the old instance begins with another one.
+        start = os.getpid() % len(self._outlets) if self._outlets else 0
+        self._turn = itertools.cycle(self._outlets[start:] + self._outlets[:start])
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anybody to move connections to."""
+        return bool(self._outlets)
+
+    def watch(self, connection: Any) -> None:
+        """Move the connection now if it may be, else right after the answer that it waits for."""
+        self._have_it_moved_after_each_answer(connection)
+        self.consider(connection)
+
+    def _have_it_moved_after_each_answer(self, connection: Any) -> None:
+        original = getattr(connection, "on_response_complete", None)
+        if original is None:
+            return
+
+        def complete() -> None:
+            original()
+            if self.active:
+                self.consider(connection)
+
+        connection.on_response_complete = complete  # the next cycles are made with it
+        cycle = getattr(connection, "cycle", None)
+        if cycle is not None and not cycle.response_complete:
+            cycle.on_response = complete
+        for waiting, _app in getattr(connection, "pipeline", ()):
+            waiting.on_response = complete
+
+    def consider(self, connection: Any) -> None:
+        """Stop reading and offer the connection, if it stands between two messages."""
+        kind = kind_of(connection)
+        if kind is None or not self.active:
+            return
+        connection.transport.pause_reading()
+        _stop_keep_alive(connection)
+        next(one for one in self._turn if one in self._outlets).offer(connection, kind)
+
+    def ended(self, outlet: _Outlet) -> None:
+        """A channel has ended: what it had not delivered goes another way, or stays."""
+        self._outlets.remove(outlet)
+        left = outlet.left()
+        if not self._outlets:
+            self._failed()
+        for connection, kind in left:
+            if not connection.transport.is_closing():
+                connection.transport.resume_reading()
+                if kind is Kind.IDLE:
+                    _start_keep_alive(connection, self._loop)
+                self.consider(connection)
+
+    def close(self) -> None:
+        """Offer nothing any more; what was not acknowledged is read here again."""
+        for outlet in list(self._outlets):
+            outlet.end()
+
+
+class _Outlet:
+    """One channel to one process of the new instance. Owns it."""
+
+    def __init__(self, mover: Mover, channel: socket.socket) -> None:
+        self._mover = mover
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[tuple[Any, Kind]] = deque()
+        self._under_way: dict[int, list[tuple[Any, Kind]]] = {}
+        self._numbers = itertools.count(1)
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop.add_reader(channel.fileno(), self._heard)
+
+    def offer(self, connection: Any, kind: Kind) -> None:
+        self._queue.append((connection, kind))
+        if not self._flushing:  # later: others may come along in the same batch
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        while self._queue and len(self._under_way) < _UNDER_WAY and self._channel.fileno() >= 0:
+            most = min(len(self._queue), connections.MOST)
+            batch = [self._queue.popleft() for _ in range(most)]
+            # Closed meanwhile: by the app's end, or by a deadline.
+            batch = [one for one in batch if not one[0].transport.is_closing()]
+            if not batch:
+                continue
+            number = next(self._numbers)
+            try:
+                connections.send(
+                    self._channel, number, [(_fd(one.transport), kind) for one, kind in batch]
+                )
+            except BlockingIOError:
+                self._queue.extendleft(reversed(batch))
+                return  # an acknowledgement makes room
+            except OSError as error:
+                logger.warning("Connections stay here: %s", error)
+                self._queue.extendleft(reversed(batch))
+                self.end()
+                return
+            self._under_way[number] = batch
+            if self._timer is None:
+                self._timer = self._loop.call_later(_PATIENCE, self._out_of_patience)
+
+    def _out_of_patience(self) -> None:
+        """Stopped or stuck: whatever it has not acknowledged is served here."""
+        logger.warning("The new instance has not taken connections in for %g s", _PATIENCE)
+        self.end()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _heard(self) -> None:
+        try:
+            number = connections.acknowledged(self._channel)
+        except BlockingIOError:
+            return
+        except OSError:
+            number = None
+        if number is None:
+            self.end()
+            return
+        self._stop_timer()
+        self._taken(number)
+        if self._under_way:
+            self._timer = self._loop.call_later(_PATIENCE, self._out_of_patience)
+        self._flush()
+
+    def _taken(self, number: int) -> None:
+        """The other side has them: close our copies, which closes no connection."""
+        for connection, _ in self._under_way.pop(number, ()):
+            self._mover.moved.add(connection)
+            connection.transport.abort()
+
+    def end(self) -> None:
+        if self._channel.fileno() < 0:
+            return
+        self._stop_timer()
+        self._loop.remove_reader(self._channel.fileno())
+        for number in connections.cut(self._channel):
+            self._taken(number)
+        self._mover.ended(self)
+
+    def left(self) -> list[tuple[Any, Kind]]:
+        """What was not acknowledged."""
+        left = [one for batch in self._under_way.values() for one in batch]
+        left.extend(self._queue)
+        self._under_way.clear()
+        self._queue.clear()
+        return left
+
+
+class Receiver:
+    """The new side, in each of its processes: takes in what comes. Owns its listener and path."""
+
+    def __init__(self, path: Path, protocol_factory: Callable[[], asyncio.Protocol]) -> None:
+        """Listens at once; `protocol_factory` makes the protocol of a connection."""
+        self.received = 0
+        self._path = path
+        self._factory = protocol_factory
+        self._loop = asyncio.get_running_loop()
+        self._listener = connections.listen(path)
+        self._channels: list[socket.socket] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        try:
+            channel, _ = self._listener.accept()
+        except OSError:
+            return
+        try:
+            connections.check(channel)
+        except HotRestartError as error:
+            logger.warning("Dropped a channel: %s", error)
+            channel.close()
+            return
+        channel.setblocking(False)
+        self._channels.append(channel)
+        self._loop.add_reader(channel.fileno(), self._readable, channel)
+
+    def _readable(self, channel: socket.socket) -> None:
+        try:
+            found = connections.receive(channel)
+        except BlockingIOError:
+            return
+        except (OSError, MessageError) as error:
+            logger.warning("Connections cannot be taken in: %s", error)
+            found = None
+        if found is None:
+            self._drop(channel)
+            return
+        number, arrivals = found
+        try:
+            connections.acknowledge(channel, number)
+        except OSError:
+            for one in arrivals:
+                one.sock.close()
+            self._drop(channel)
+            return
+        for one in arrivals:
+            task = self._loop.create_task(self._take_in(one))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _take_in(self, arrival: Arrival) -> None:
+        try:
+            _, protocol = await self._loop.connect_accepted_socket(self._factory, arrival.sock)
+        except OSError:  # its client has gone
+            arrival.sock.close()
+            return
+        self.received += 1
+        if arrival.kind is Kind.IDLE:
+            _start_keep_alive(protocol, self._loop)
+
+    def _drop(self, channel: socket.socket) -> None:
+        self._loop.remove_reader(channel.fileno())
+        self._channels.remove(channel)
+        channel.close()
+
+    def close(self) -> None:
+        """Take in nothing more; remove the path."""
+        for channel in list(self._channels):
+            self._drop(channel)
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _fd(transport: Any) -> int:
+    return int(transport.get_extra_info("socket").fileno())
+
+
+def _stop_keep_alive(connection: Any) -> None:
+    timer = connection.timeout_keep_alive_task
+    if timer is not None:
+        timer.cancel()
+        connection.timeout_keep_alive_task = None
+
+
+def _start_keep_alive(connection: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """As after an answer, unless the next request has already come."""
+    if connection.timeout_keep_alive_task is None and kind_of(connection) is not None:
+        connection.timeout_keep_alive_task = loop.call_later(
+            connection.timeout_keep_alive, connection.timeout_keep_alive_handler
+        )

@@ -1,0 +1,219 @@
+"""Connections move: kept-alive clients stay connected through a takeover."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_port
+from demo_app.load import LoadProcess, Mix
+from tests.integration.raw import Connection, ask, request
+
+STOPPED = "Stopped accepting"
+QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
+LONG = ("--timeout-keep-alive", "60")
+
+
+@pytest.fixture
+def place() -> Iterator[Deploys]:
+    with Deploys() as found:
+        yield found
+
+
+@pytest.fixture
+def address() -> str:
+    return f"127.0.0.1:{free_port()}"
+
+
+def start(place: Deploys, args: list[str], *texts: str, **env: str) -> Instance:
+    instance = place.start(args, **{**QUICK, **env})
+    instance.wait_for(*texts)
+    return instance
+
+
+def outcome(place: Deploys, child: Instance) -> dict[str, int]:
+    """The tally in the record of the takeover by this child."""
+    text = (place.directory / "meet" / f"handover-{child.pid}.json").read_text()
+    tally: dict[str, int] = json.loads(text)["parent"]["tally"]
+    return tally
+
+
+@pytest.mark.parametrize("unix", [False, True])
+@pytest.mark.parametrize(("loop", "parser"), [("asyncio", "h11"), ("uvloop", "httptools")])
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
+def test_no_client_reconnects(
+    place: Deploys, tmp_path: Path, *, server: str, loop: str, parser: str, unix: bool
+) -> None:
+    """In takeovers in a row every request is answered, on the connection that the client had."""
+    address = f"unix:{tmp_path}/app.sock" if unix else f"127.0.0.1:{free_port()}"
+    args = command(server, address, "--loop", loop, "--http", parser, *LONG)
+    current = start(place, args, *UP)
+    with LoadProcess(address, Mix(keep_alive=32, slow=2, upload=2)) as load:
+        load.wait(answers=100)
+        for _ in range(3):
+            old, current = current, start(place, args, TOOK_OVER)
+            assert old.wait() == 0, old.log
+            load.wait(answers=100)
+        report = load.stop()
+    assert not report.failures, report
+    assert (report.reconnects, report.closed_idle) == (0, 0), report
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
+def test_whatever_waits_moves_at_once(place: Deploys, address: str, server: str) -> None:
+    """Accepted and unread, and idle, are with the new instance before they say a word; those that
+    it has are spread over its workers."""
+    args = command(server, address, *LONG)
+    old = start(place, args, *UP)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Connection(address)) for _ in range(40)]
+        for connection in opened[:20]:
+            assert old.owns(connection.get().pid)
+        for _ in range(20):
+            ask(address)
+        new = start(place, args, TOOK_OVER)
+        assert old.wait() == 0
+        answers = [connection.get() for connection in opened]
+        assert all(answer.status == 200 and not answer.closes for answer in answers)
+        assert all(new.owns(answer.pid) for answer in answers)
+        assert len({answer.pid for answer in answers}) == (4 if server == "uvicorn4" else 1)
+        assert outcome(place, new)["moved"] == 40
+
+
+@pytest.mark.parametrize("parser", ["h11", "httptools"])
+def test_a_pair_of_requests_cut_anywhere_is_answered_once_each(
+    place: Deploys, address: str, parser: str
+) -> None:
+    """Whatever part of a pipelined pair came before the takeover, and whatever comes after it."""
+    args = command("uvicorn", address, "--http", parser, *LONG)
+    old = start(place, args, *UP)
+    pair = request("/?first") + request("/slow?seconds=0")
+    with contextlib.ExitStack() as stack:
+        cuts = [(cut, stack.enter_context(Connection(address))) for cut in range(len(pair) + 1)]
+        for cut, connection in cuts:
+            connection.send(pair[:cut])
+        ask(address)
+        new = start(place, args, TOOK_OVER)
+        old.wait_for(STOPPED)
+        for cut, connection in cuts:
+            connection.send(pair[cut:])
+        for cut, connection in cuts:
+            first, second = connection.answer(), connection.answer()
+            assert (first.status, second.status) == (200, 200), cut
+            assert first.body.startswith(b'{"pid"'), cut
+            assert second.body.startswith(b'{"pid"'), cut
+            third = connection.get()
+            assert new.owns(third.pid), cut
+        assert old.wait() == 0
+    assert outcome(place, new)["moved"] == len(cuts)
+
+
+def test_a_busy_connection_moves_right_after_its_answer(place: Deploys, address: str) -> None:
+    """It is answered by the old instance, without a word of closing, and goes on with the new."""
+    args = command("uvicorn", address, *LONG)
+    old = start(place, args, *UP)
+    with Connection(address) as busy, Connection(address) as upload:
+        busy.send(request("/slow?seconds=1.5"))
+        upload.send(request("/upload", "Content-Length: 8\r\n").replace(b"GET", b"POST") + b"half")
+        ask(address)
+        new = start(place, args, TOOK_OVER)
+        old.wait_for(STOPPED)
+        upload.send(b"full")
+        for connection in (upload, busy):
+            answer = connection.answer()
+            assert (answer.status, answer.closes) == (200, False)
+            assert new.owns(connection.get().pid)
+        assert old.wait() == 0
+
+
+def test_a_child_without_room_takes_what_it_can(place: Deploys, address: str) -> None:
+    """What does not fit its descriptor limit stays with the old instance, and is answered there."""
+    args = command("uvicorn", address, *LONG)
+    old = start(place, args, *UP)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Connection(address)) for _ in range(200)]
+        for connection in opened:
+            assert connection.get().pid == old.pid
+        limited = ["bash", "-c", 'ulimit -n 100; exec "$@"', "bash", *args]
+        new = start(place, limited, TOOK_OVER)
+        old.wait_for(STOPPED)
+        for connection in opened:
+            answer = connection.get()
+            assert (answer.status, answer.pid, answer.closes) == (200, old.pid, True)
+        assert old.wait() == 0
+        assert new.running
+        assert "descriptor limit" in new.log
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
+def test_a_child_that_dies_with_connections_in_flight(
+    place: Deploys, address: str, server: str
+) -> None:
+    """What it had not acknowledged is answered by the old instance; what it had is lost with it."""
+    args = command(server, address, *LONG)
+    old = start(place, args, *UP, HOTRESTART_ROLLBACK_WINDOW="60")
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Connection(address)) for _ in range(40)]
+        for connection in opened:
+            assert old.owns(connection.get().pid)
+        late = [stack.enter_context(Connection(address)) for _ in range(8)]
+        for connection in late:
+            connection.send(request("/slow?seconds=3"))
+        new = start(place, args, TOOK_OVER)
+        old.wait_for(STOPPED)
+        assert new.owns(opened[0].get().pid)  # it has taken what was offered at once
+        os.killpg(new.pid, signal.SIGKILL)
+        new.wait()
+        old.wait_for("Accepting again")
+        for connection in late:
+            answer = connection.answer()
+            assert (answer.status, old.owns(answer.pid)) == (200, True)
+        for connection in opened:
+            with pytest.raises(OSError, match=r"ended|reset|Broken"):
+                connection.get()
+    assert old.owns(ask(address).pid)
+
+
+def test_switched_off(place: Deploys, address: str) -> None:
+    """--no-connection-handover: each connection is answered once more, with `close`."""
+    args = command("uvicorn", address, "--no-connection-handover", *LONG)
+    old = start(place, args, *UP)
+    with Connection(address) as idle:
+        assert idle.get().pid == old.pid
+        new = start(place, args, TOOK_OVER)
+        old.wait_for(STOPPED)
+        answer = idle.get()
+        assert (answer.status, answer.pid, answer.closes) == (200, old.pid, True)
+        assert old.wait() == 0
+        assert outcome(place, new)["moved"] == 0
+
+
+def test_a_thousand_connections_go_in_one_go(place: Deploys, address: str) -> None:
+    """All alive behind it, none reconnected."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    args = command("uvicorn", address, *LONG)
+    old = start(place, args, *UP)
+    try:
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(Connection(address)) for _ in range(1000)]
+            for connection in opened:
+                connection.send(request())
+            for connection in opened:
+                assert connection.answer().pid == old.pid
+            new = start(place, args, TOOK_OVER)
+            assert old.wait() == 0
+            for connection in opened:
+                connection.send(request())
+            for connection in opened:
+                assert connection.answer().pid == new.pid
+            assert outcome(place, new)["moved"] == 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

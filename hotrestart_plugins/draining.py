@@ -153,8 +153,8 @@ class DrainingServer(uvicorn.Server):
         self._endings = None
         drain.clear()
         self.config.encoded_headers = _without_close(self.config.encoded_headers)
-        headers = self.server_state.default_headers
-        headers[:] = _without_close(headers)
+        # A list of its own: responses under way keep theirs, and close.
+        self.server_state.default_headers = _without_close(self.server_state.default_headers)
         loop = asyncio.get_running_loop()
         for one in self._listeners:
             self.servers.append(
@@ -175,7 +175,7 @@ class DrainingServer(uvicorn.Server):
         # Responses under way hold this very list.
         self.server_state.default_headers.append(CLOSE)
         for connection in self.server_state.connections:
-            ask_to_leave(connection)
+            ask_to_leave(connection, CLOSE)
 
     def take_in(self, path: Path) -> None:
         """Listen at `path` for the connections of the instance that this one takes over from."""

@@ -77,11 +77,16 @@ def is_idle(connection: Any) -> bool:
     return not is_websocket(connection) and (cycle is None or cycle.response_complete)
 
 
-def ask_to_leave(connection: Any) -> None:
-    """HTTP/2 has no ``Connection: close``: send GOAWAY, and serve what is on its way."""
-    if hasattr(connection, "cycles"):
+def ask_to_leave(connection: Any, header: tuple[bytes, bytes]) -> None:
+    """Have the answer under way say that the connection closes, by `header` or by GOAWAY."""
+    if hasattr(connection, "cycles"):  # HTTP/2: what is on its way is served all the same
         connection.conn.close(last_stream_id=_MOST_STREAM)
         connection.flush()
+        return
+    cycle = getattr(connection, "cycle", None)
+    # A list of an earlier second, that uvicorn has replaced for later requests.
+    if cycle is not None and not cycle.response_started and header not in cycle.default_headers:
+        cycle.default_headers.append(header)
 
 
 class Endings:

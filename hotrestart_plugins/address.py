@@ -14,6 +14,7 @@ import socket
 import stat
 import struct
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ MAX_UNIX_PATH = 107
 DEFAULT_BACKLOG = 2048
 """Connections that may wait in a listener; uvicorn's and gunicorn's own default."""
 
-_HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>\d+))?")
+_HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[0-9]{1,6}))?")
 _PROC_NET_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, proc(5)
 _UCRED = struct.Struct("=iII")  # struct ucred, unix(7)
 _SO_COOKIE = 57  # asm-generic/socket.h; the socket module does not name it
@@ -41,7 +42,7 @@ class Address:
     or ``@name``."""
     port: int = 0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The address on the wire, and in every log line."""
         if self.family == socket.AF_UNIX:
@@ -98,6 +99,12 @@ def resolve(host: str, port: int) -> list[Address]:
     """
     if not 0 <= port <= 65535:
         raise AddressError(f"port {port} is not between 0 and 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        # Numeric, as nearly all are: a thousand of them shall not cost a thousand look-ups.
+        return [Address(family, socket.inet_ntop(family, socket.inet_pton(family, host)), port)]
+    except (OSError, ValueError):
+        pass
     try:
         found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -119,7 +126,8 @@ def parse(text: str, *, default_port: int = 8000) -> list[Address]:
     if text.startswith("unix:"):
         return [unix(text[len("unix:") :])]
     match = _HOST_PORT.fullmatch(text)
-    if not text or match is None:
+    # A bare number is a port that lacks its colon; as a host, 8000 would be 0.0.31.64.
+    if not text or match is None or text.isdigit():
         raise AddressError(
             f"{text!r} is no address: give host:port, [v6]:port, unix:PATH or fd://N"
         )
@@ -146,9 +154,9 @@ def _internet(family: int, where: tuple[Any, ...]) -> Address:
 
 def is_listening(sock: socket.socket) -> bool:
     """Whether it is a stream socket that listens."""
-    return sock.type == socket.SOCK_STREAM and bool(
-        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    )
+    kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    accepts = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    return kind == socket.SOCK_STREAM and bool(accepts)
 
 
 def same_socket(one: socket.socket, other: socket.socket) -> bool:

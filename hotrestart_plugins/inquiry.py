@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator, Sequence
 
 from hotrestart_plugins import address as addresses
 from hotrestart_plugins.address import Address
@@ -26,6 +28,8 @@ from hotrestart_plugins.wire import (
     parse,
 )
 
+_AHEAD = 8  # requests on their way at once: a socket's queue holds 10 (net.unix.max_dgram_qlen)
+
 
 class Inquiry:
     """What a child asks of its parent. Owns the child's endpoint and its name."""
@@ -33,7 +37,7 @@ class Inquiry:
     def __init__(
         self, place: MeetingPlace, endpoint: Endpoint, claim: Claim, timeout: float
     ) -> None:
-        """`endpoint` is bound to the child's name and connected to the parent.
+        """`endpoint` is bound to the child's name; `connect` comes next.
 
         `timeout`: seconds to wait for each answer.
         """
@@ -44,44 +48,76 @@ class Inquiry:
         self._claim = claim
         self._timeout = timeout
         self._broken = ""
+        self._peer: Claim | None = None
+
+    def connect(self) -> bool:
+        """Turn to whoever serves now; False if nobody does."""
+        # Looked at before, so that whoever comes to the name in between counts as somebody else.
+        with contextlib.suppress(FileNotFoundError):
+            self._peer = Claim(self._place.parent_path)
+        self.parent_pid = 0
+        return self._place.connect_to_parent(self._endpoint)
+
+    def parent_serves(self) -> bool:
+        """Whether the instance that this is connected to still answers, and at its name."""
+        return self._peer is not None and self._peer.holds() and self._place.parent_answers()
 
     def check(self) -> None:
         """Raise TakeoverError if an earlier question failed: its answer may still come."""
         if self._broken:
             raise TakeoverError(f"this takeover has failed ({self._broken}): start again")
 
-    def ask(self, wanted: Address) -> socket.socket | None:
-        """The parent's listener bound to `wanted`, the caller's to close; None: it has none.
+    def ask(self, wanted: Sequence[Address]) -> Iterator[socket.socket | None]:
+        """The parent's listener bound to each address, the caller's to close; None: it has none.
 
-        Raises ParentGone, NoAnswer, WrongPeer, WrongDescriptor.
+        Answers come in the order of the requests, so several of these are on their way at once: a
+        takeover of many listeners does not wait for each. Raises ParentGone, NoAnswer, WrongPeer,
+        WrongDescriptor; what was answered before has been yielded.
         """
         self.check()
+        self._broken = "it was left in the middle"
+        sent = 0
+        refused = ""
         try:
-            fd = self._ask(wanted.name)
-            return None if fd < 0 else self._checked(fd, wanted)
+            for number, one in enumerate(wanted):
+                deadline = time.monotonic() + self._timeout
+                while not refused and sent < min(len(wanted), number + _AHEAD):
+                    refused = self._send(wanted[sent], deadline)
+                    sent += not refused
+                packet = self._receive(one, deadline, refused if sent <= number else "")
+                fd = self._answer(packet)
+                yield None if fd < 0 else self._checked(fd, one)
         except TakeoverError as error:
-            self._broken = str(error)
+            # Of one that has ended no answer can come any more; it may be another's turn.
+            self._broken = "" if isinstance(error, ParentGone) else str(error)
             raise
+        self._broken = ""
 
-    def _ask(self, name: str) -> int:
-        deadline = time.monotonic() + self._timeout
+    def _send(self, one: Address, deadline: float) -> str:
+        """Ask for one listener; why nobody could be asked, or empty."""
         try:
-            self._endpoint.send_before(PassFdRequest(name).serialize(), deadline)
+            self._endpoint.send_before(PassFdRequest(one.name).serialize(), deadline)
         except TimeoutError:
-            raise self._no_answer(name) from None
+            raise self._no_answer(one.name) from None
         except OSError as error:
-            raise ParentGone(f"cannot ask for {name}: {error.strerror}") from error
-        while True:
+            return error.strerror or str(error)
+        return ""
+
+    def _receive(self, one: Address, deadline: float, refused: str) -> Packet:
+        """The next answer, which the caller closes; `refused`: why it was not even asked for."""
+        if refused:
+            raise ParentGone(f"cannot ask for {one}: {refused}")
+        packet = self._endpoint.receive()
+        while packet is None:
             packet = self._endpoint.receive_within(SLICE)
-            if packet is None and not self._place.parent_answers():
+            if packet is None and not self.parent_serves():
                 # Its last word may have come between the wait and the look.
                 packet = self._endpoint.receive()
                 if packet is None:
-                    raise ParentGone(f"the parent ended before it had answered for {name}")
-            if packet is not None:
-                return self._answer(packet)
-            if time.monotonic() >= deadline:
-                raise self._no_answer(name)
+                    raise ParentGone(f"the parent ended before it had answered for {one}")
+            if packet is None and time.monotonic() >= deadline:
+                raise self._no_answer(one.name)
+        return packet
 
     def _answer(self, packet: Packet) -> int:
         """The descriptor in an answer, which the caller owns, or -1."""
@@ -104,18 +140,21 @@ class Inquiry:
 
     def _checked(self, fd: int, wanted: Address) -> socket.socket:
         """The socket of `fd`, which this takes over; raises WrongDescriptor and closes it."""
-        came = f"pid {self.parent_pid} sent"
         try:
             sock = socket.socket(fileno=fd)  # family, type and protocol by the kernel's word
         except OSError:
             os.close(fd)
-            raise WrongDescriptor(f"{came} a descriptor for {wanted} that is no socket") from None
+            raise WrongDescriptor(
+                f"pid {self.parent_pid} sent a descriptor for {wanted} that is no socket"
+            ) from None
+        came = f"pid {self.parent_pid} sent"
         try:
             if not addresses.is_listening(sock):
                 raise WrongDescriptor(f"{came} a socket for {wanted} that does not listen")
-            bound = addresses.of_socket(sock)
-            if not wanted.is_of(bound):
-                raise WrongDescriptor(f"{came} the listener of {bound} for {wanted}")
+            if sock.getsockname() != wanted.sockaddr:  # which says nothing yet: port 0, @name
+                bound = addresses.of_socket(sock)
+                if not wanted.is_of(bound):
+                    raise WrongDescriptor(f"{came} the listener of {bound} for {wanted}")
             sock.setblocking(False)
         except BaseException:
             sock.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import os
 import select
 from typing import Any, Protocol
@@ -12,6 +13,23 @@ from typing import Any, Protocol
 from hotrestart_plugins.errors import WrongPeer
 from hotrestart_plugins.rendezvous import Claim
 from hotrestart_plugins.transport import Sender
+
+
+def _unpatched_poll() -> Any:
+    """poll(2), also where gevent has put its own in the place of it.
+
+    That one waits in the hub even for no time at all, and fails where the hub itself calls.
+    """
+    found: Any = select.poll
+    spec = importlib.util.find_spec("select")
+    if isinstance(found, type(len)) or spec is None or spec.loader is None:
+        return found
+    untouched = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(untouched)
+    return untouched.poll
+
+
+_poll = _unpatched_poll()
 
 
 class Logger(Protocol):
@@ -32,7 +50,7 @@ class Logger(Protocol):
 
 def check_sender(sender: Sender) -> None:
     """Raise WrongPeer unless the kernel names this user or root as the sender."""
-    if sender.uid not in (0, os.geteuid()):
+    if sender.uid and sender.uid != os.geteuid():
         raise WrongPeer(f"pid {sender.pid} runs as uid {sender.uid}, not as {os.geteuid()} or root")
 
 
@@ -45,8 +63,10 @@ class Child:
         """The addresses whose listeners it was given."""
         self._pidfd = -1
         self._gone = False
+        self._poll = _poll()
         try:
             self._pidfd = os.pidfd_open(pid)
+            self._poll.register(self._pidfd, select.POLLIN)
         except OSError as error:  # ESRCH; or a pid of 0, from another pid namespace
             self._gone = error.errno == errno.ESRCH
 
@@ -58,9 +78,7 @@ class Child:
     def alive(self) -> bool:
         """Whether the process still runs; True where that cannot be known."""
         if self._pidfd >= 0 and not self._gone:
-            poll = select.poll()
-            poll.register(self._pidfd, select.POLLIN)
-            self._gone = bool(poll.poll(0))
+            self._gone = bool(self._poll.poll(0))
         return not self._gone
 
     def close(self) -> None:

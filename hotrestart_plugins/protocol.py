@@ -115,7 +115,9 @@ class HotRestart:
         self._held: dict[str, Held] = {}
         self._expected = 0
         self._asked: set[str] = set()
-        self._inherited: set[str] = set()
+        self._inherited: dict[str, Address] = {}
+        self._passed_on: frozenset[str] = frozenset()
+        self._patience = 0.0
         self._drops = 0
 
     # -- the child's side ----------------------------------------------------------------------
@@ -140,7 +142,7 @@ class HotRestart:
                 raise _unusable(place, error) from error
             inquiry = Inquiry(place, endpoint, claim, self.takeover_timeout)
             undo.callback(inquiry.close)
-            found = self._find_parent(place, endpoint, deadline)
+            found = self._find_parent(place, inquiry, deadline)
             undo.pop_all()
         self._place, self._expected = place, listener_num
         _alive.add(self)
@@ -156,9 +158,9 @@ class HotRestart:
                 self._serve(lambda: None)
         return self.role
 
-    def _find_parent(self, place: MeetingPlace, endpoint: Endpoint, deadline: float) -> bool:
+    def _find_parent(self, place: MeetingPlace, inquiry: Inquiry, deadline: float) -> bool:
         """Connect to the parent; wait for one that stands by to take its name back."""
-        while not place.connect_to_parent(endpoint):
+        while not inquiry.connect():
             pid = place.standing_by()
             if not pid:
                 return False
@@ -177,30 +179,59 @@ class HotRestart:
 
         Raises WrongDescriptor, WrongPeer, NoAnswer; the parent is undisturbed by each.
         """
-        wanted = addr if isinstance(addr, Address) else _address_of(addr)
-        if self._inquiry is None:
-            return None
-        try:
-            sock = self._inquiry.ask(wanted)
-        except ParentGone:
-            self._parent_gone()
-            return None
-        self.parent_pid = self._inquiry.parent_pid
-        self._asked.add(wanted.name)
-        if sock is None:
-            self._log.debug("pid %s has no listener on %s", self.parent_pid, wanted)
-        else:
-            self._inherited.add(wanted.name)
-            self._log.debug("Inherited %s from pid %s", wanted, self.parent_pid)
-        if self._moment is Moment.INHERITED and len(self._asked) == self._expected:
-            self._take_over(self._inquiry)
-        return sock
+        return self._inherit([addr if isinstance(addr, Address) else _address_of(addr)])[0]
 
-    def _parent_gone(self) -> None:
-        """Nobody to take over from any more: what was inherited lives on here."""
+    def _inherit(self, wanted: list[Address]) -> list[socket.socket | None]:
+        """The parent's listener for each, the caller's to close, or an error and none."""
+        found: list[socket.socket | None] = []
+        try:
+            while self._inquiry is not None and len(found) < len(wanted):
+                rest = wanted[len(found) :]
+                try:
+                    self._ask(
+                        self._inquiry, rest if self._moment is Moment.READY else rest[:1], found
+                    )
+                except ParentGone:
+                    self._parent_gone(self._inquiry)
+                if self._moment is Moment.INHERITED and len(self._asked) == self._expected:
+                    self._take_over()
+        except BaseException:
+            for sock in found:
+                if sock is not None:
+                    sock.close()
+            raise
+        return found + [None] * (len(wanted) - len(found))
+
+    def _ask(
+        self, inquiry: Inquiry, wanted: list[Address], found: list[socket.socket | None]
+    ) -> None:
+        """Add the answer for each to what was `found`, as far as the parent gives any."""
+        for one, sock in zip(wanted, inquiry.ask(wanted), strict=True):
+            found.append(sock)
+            self.parent_pid = inquiry.parent_pid
+            self._asked.add(one.name)
+            if sock is None:
+                self._log.debug("pid %s has no listener on %s", self.parent_pid, one)
+            else:
+                self._inherited[one.name] = one
+                self._log.debug("Inherited %s from pid %s", one, self.parent_pid)
+
+    def _parent_gone(self, inquiry: Inquiry) -> None:
+        """Turn to the instance that stood by and serves again, if there is one, or go on alone.
+
+        Alone, what was inherited lives on here. The other one is asked again for what was
+        inherited, the same sockets, to let it know that they are served here too.
+        """
+        ended = self.parent_pid or "unknown"
+        self._patience = time.monotonic() + self.takeover_timeout
+        if self._find_parent(_open(self._place), inquiry, self._patience):
+            self._log.warning("pid %s has ended: taking over from the one that serves now", ended)
+            for sock in self._inherit(list(self._inherited.values())):
+                if sock is not None:
+                    sock.close()
+            return
         self._log.warning(
-            "The instance taken over from (pid %s) has ended; this one goes on alone",
-            self.parent_pid or "unknown",
+            "The instance taken over from (pid %s) has ended; this one goes on alone", ended
         )
         self._close_inquiry()
         self.role = Role.FIRST
@@ -220,40 +251,52 @@ class HotRestart:
         `dup_parent_listener_sock` raises; the parent is undisturbed then.
         """
         sought = [one if isinstance(one, Address) else _address_of(one) for one in wanted]
-        with contextlib.ExitStack() as undo:
-            made: list[socket.socket] = []
-            for one in sought:
-                sock = self.dup_parent_listener_sock(one)
+        found = self._inherit(sought)
+        made: list[socket.socket] = []
+        files: list[Claim] = []
+        try:
+            for number, one in enumerate(sought):
+                sock = found[number]
                 if sock is None:
-                    sock = self._bind(one, backlog, mode, v6only=v6only)
+                    sock = found[number] = self._bind(one, backlog, mode, v6only=v6only)
                     if one.path is not None:
-                        undo.callback(Claim(one.path).release)
-                undo.callback(sock.close)
-                made.append(sock)
+                        files.append(Claim(one.path))
                 self.register_listener_fd(one.name, sock.fileno())
-                undo.callback(self._forget, one.name)
-            undo.pop_all()
+                made.append(sock)
+        except BaseException:
+            for one, left in zip(sought, found, strict=True):
+                self._forget(one.name)
+                if left is not None:
+                    left.close()
+            for file in files:
+                file.release()
+            raise
         return made
 
     def _bind(
         self, one: Address, backlog: int, mode: int | None, *, v6only: bool | None
     ) -> socket.socket:
-        try:
-            return addresses.bind_fresh(one, backlog=backlog, mode=mode, v6only=v6only)
-        except AddressError as error:
-            cause = error.__cause__
-            if self._place is None or getattr(cause, "errno", None) != errno.EADDRINUSE:
-                raise
-            raise AddressError(
-                f"{error}, which is not to be reached in {self._place.directory}: stop it, or "
-                "pass the --hot-restart-dir that it was started with"
-            ) from cause
+        while True:
+            try:
+                return addresses.bind_fresh(one, backlog=backlog, mode=mode, v6only=v6only)
+            except AddressError as error:
+                cause = error.__cause__
+                if self._place is None or getattr(cause, "errno", None) != errno.EADDRINUSE:
+                    raise
+                if time.monotonic() >= self._patience:
+                    raise AddressError(
+                        f"{error}, which is not to be reached in {self._place.directory}: stop "
+                        "it, or pass the --hot-restart-dir that it was started with"
+                    ) from cause
+            # A parent that died in the middle, or a worker of it, lets go of the address shortly.
+            time.sleep(SLICE / 10)
 
     def adopt(self, sock: socket.socket) -> None:
         """Register a listener that was not made here: systemd's, or one from the command line.
 
-        The caller keeps the socket. Raises WrongDescriptor if it does not listen, or if the
-        parent serves the same address on another socket, whose clients would be lost.
+        The caller keeps the socket; a path that it is bound to stays with whoever made it. Raises
+        WrongDescriptor if it does not listen, or if the parent serves the same address on another
+        socket, whose clients would be lost.
         """
         if not addresses.is_listening(sock):
             raise WrongDescriptor(f"descriptor {sock.fileno()} is no listening stream socket")
@@ -267,11 +310,17 @@ class HotRestart:
                         f"{self.parent_pid} serves that address on another socket: stop it first"
                     )
         self.register_listener_fd(bound.name, sock.fileno())
+        self._held[bound.name].claim = None
 
     def register_listener_fd(self, addr: str, fd: int) -> None:
         """Hand `fd` to whoever asks for `addr`. A duplicate is kept; `fd` stays the caller's."""
         path = _address_of(addr).path if addr.startswith("/") else None
-        held = Held(fd, path)
+        try:
+            held = Held(fd, path)
+        except OSError as error:
+            raise ConfigurationError(
+                f"descriptor {fd} cannot be kept for {addr}: {error.strerror}"
+            ) from error
         self._forget(addr)
         self._held[addr] = held
 
@@ -305,13 +354,18 @@ class HotRestart:
             raise ConfigurationError(
                 f"ready with {len(self._held)} of {self._expected} listeners: register the others"
             )
-        if self._inquiry is not None:
-            self._take_over(self._inquiry)
-        else:
-            self._serve(lambda: None)
+        self._take_over()
 
-    def _take_over(self, inquiry: Inquiry) -> None:
-        inquiry.check()
+    def _take_over(self) -> None:
+        while self._inquiry is not None:
+            self._inquiry.check()
+            if self._inquiry.parent_serves():
+                break
+            self._parent_gone(self._inquiry)
+        inquiry = self._inquiry
+        if inquiry is None:
+            self._serve(lambda: None)
+            return
 
         def tell() -> None:
             if inquiry.tell_to_go():
@@ -366,7 +420,9 @@ class HotRestart:
         message = parse(packet.data)
         if packet.fd >= 0:
             raise MessageError("a descriptor that nobody asked for")
-        if os.path.basename(packet.sender.path) != CHILD_SOCKET:
+        path = packet.sender.path
+        # By its last part: a Volo process may have been told of the directory by another path.
+        if path != _open(self._place).child_path and os.path.basename(path) != CHILD_SOCKET:
             raise WrongPeer("a message that does not come from the child socket")
         if isinstance(message, PassFdRequest):
             self._respond(message.address, packet.sender.pid)
@@ -385,11 +441,18 @@ class HotRestart:
         if self.role is not Role.PARENT:
             raise WrongPeer(f"a request for {name} after this instance was replaced")
         if self.child is None or self.child.pid != pid:
+            child = Child(pid)
+            if not child.alive:
+                # The answer would reach whoever asks from that name now.
+                child.close()
+                raise WrongPeer(f"its request for {name} comes from a process that has ended")
             self.forget_child()
-            self.child = Child(pid)
+            self.child = child
             with contextlib.suppress(OSError):
                 _open(self._place).stand_by()
             self._log.info("pid %s asks for this instance's listeners", pid)
+        elif not self.child.alive:
+            raise WrongPeer(f"its request for {name} comes from a process that has ended")
         held = self._held.get(name)
         try:
             _open(self._endpoint).send(
@@ -410,6 +473,7 @@ class HotRestart:
         if self.child is None or self.child.pid != pid:
             raise WrongPeer(f"pid {pid} wants this instance to go, but never asked for a listener")
         self.role = Role.REPLACED
+        self._passed_on = frozenset(self.child.given)
         self._log.info("pid %s has taken over", pid)
 
     def forget_child(self) -> None:
@@ -425,6 +489,8 @@ class HotRestart:
         stopped on purpose; a live one, that somebody serves.
         """
         pid = self.child.pid if self.child is not None else 0
+        if self.child is not None and self.child.alive:
+            return After.NOTHING  # another asks meanwhile: it was the one before who ended
         self.forget_child()
         place = _open(self._place)
         if self.role is Role.PARENT:
@@ -450,6 +516,7 @@ class HotRestart:
             return
         self._close_endpoint()
         self._endpoint, self._claim = endpoint, claim
+        self._passed_on = frozenset()
         self.role = Role.PARENT
 
     def stand_down(self) -> None:
@@ -488,9 +555,9 @@ class HotRestart:
         """Whether no other instance holds, or will need, the listener."""
         if self.role is Role.CHILD and name in self._inherited:
             return not _open(self._place).parent_answers()
-        if self.child is not None and name in self.child.given:
-            return self.role is not Role.REPLACED and not self.child.alive
-        return True
+        if name in self._passed_on:
+            return False
+        return self.child is None or name not in self.child.given or not self.child.alive
 
     def _close_inquiry(self) -> None:
         if self._inquiry is not None:

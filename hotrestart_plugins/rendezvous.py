@@ -33,12 +33,49 @@ PARENT_SOCKET = "volo_hot_restart_parent.sock"  # Volo 0.12.3, HOT_RESTART_PAREN
 CHILD_SOCKET = "volo_hot_restart_child.sock"  # Volo 0.12.3, HOT_RESTART_CHILD_ADDR
 LOCK = "lock"
 _ASIDE = "new."
+_KEPT = ".old"
 
 _FLOCK = struct.Struct("@hhqqi")  # struct flock, fcntl(2): type, whence, start, len, pid
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _LOCK_PAUSE = 0.02  # seconds between two tries: POSIX locks have no wait with a deadline
 
-_locked_here: set[tuple[int, int]] = set()  # POSIX locks never conflict within one process
+
+class _LockFile:
+    """A lock file's one descriptor in this process, shared by every place that meets there.
+
+    POSIX locks never conflict within a process, and closing any descriptor of the file frees them
+    all: fcntl(2). So there is one, closed by the last user, and `taken` is kept here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self.users = 0
+        self.taken = False
+        found = os.fstat(self.fd)
+        self.key = (found.st_dev, found.st_ino)
+
+    @classmethod
+    def of(cls, path: Path) -> _LockFile:
+        """The one of this process; raises OSError if it cannot be opened."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.lstat(path)
+            known = _lock_files.get((found.st_dev, found.st_ino))
+            if known is not None:
+                known.users += 1
+                return known
+        made = cls(path)
+        made.users = 1
+        _lock_files[made.key] = made
+        return made
+
+    def close(self) -> None:
+        self.users -= 1
+        if not self.users:
+            del _lock_files[self.key]
+            os.close(self.fd)
+
+
+_lock_files: dict[tuple[int, int], _LockFile] = {}
 
 
 def default_directory(first: Address) -> Path:
@@ -56,8 +93,7 @@ def default_directory(first: Address) -> Path:
 class MeetingPlace:
     """One meeting directory, checked, and this process's locks in it.
 
-    Owns the descriptor of the lock file. Opening it again elsewhere in the process and closing
-    that would free the locks: fcntl(2), so nobody else touches the file.
+    Owns a share in the process's one descriptor of the lock file.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -78,16 +114,14 @@ class MeetingPlace:
             _make(self.directory)
             for level in _levels(self.directory):
                 _check(level)
-            self._lock_fd = os.open(
-                self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )
+            self._lock_file: _LockFile | None = _LockFile.of(self.directory / LOCK)
         except OSError as error:
             raise MeetingPlaceError(
                 f"{self.directory} cannot be used to meet in: {error.strerror}: "
                 "pass another --hot-restart-dir"
             ) from error
-        found = os.fstat(self._lock_fd)
-        self._key = (found.st_dev, found.st_ino)
+        self._lock_fd = self._lock_file.fd
+        self._has_turn = self._stands_by = False
 
     # -- locks ---------------------------------------------------------------------------------
 
@@ -107,7 +141,7 @@ class MeetingPlace:
 
     def _try_lock(self) -> int | None:
         """None if the lock is ours now, else the pid that holds it."""
-        if self._key in _locked_here:
+        if self._lock_file is None or self._lock_file.taken:
             return os.getpid()
         try:
             fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
@@ -115,21 +149,25 @@ class MeetingPlace:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             return self._holder(0, 1)
-        _locked_here.add(self._key)
+        self._lock_file.taken = self._has_turn = True
         return None
 
     def unlock(self) -> None:
         """Let the next one take over."""
-        _locked_here.discard(self._key)
-        fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, 0)
+        if self._lock_file is not None and self._has_turn:
+            self._lock_file.taken = self._has_turn = False
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, 0)
 
     def stand_by(self) -> None:
         """Tell who finds the parent socket dead that this process will take it back."""
         fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + os.getpid())
+        self._stands_by = True
 
     def stand_down(self) -> None:
         """No longer: whoever finds the parent socket dead is on its own."""
-        fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, 1 + os.getpid())
+        if self._stands_by:
+            self._stands_by = False
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, 1 + os.getpid())
 
     def standing_by(self) -> int:
         """The pid of another process that will take back a dead parent socket, or 0."""
@@ -170,8 +208,10 @@ class MeetingPlace:
         child that knows no lock (Volo): it may finish within `seconds`, else Busy.
         """
         deadline = time.monotonic() + seconds
-        for stale in self.directory.glob(_ASIDE + "*"):
-            stale.unlink(missing_ok=True)
+        for left in self.directory.glob(_ASIDE + "*"):
+            # One that is held may be on its way: an instance that takes its name back has no lock.
+            if left.suffix == _KEPT or not self._is_held(str(left)):
+                left.unlink(missing_ok=True)
         while self._is_held(self.child_path):
             if time.monotonic() >= deadline:
                 raise Busy(
@@ -192,8 +232,9 @@ class MeetingPlace:
         probe = Endpoint()
         try:
             probe.connect(path)
-        except OSError:
-            return False
+        except OSError as error:
+            # EPERM: it lives, and is connected, as a child is, to another socket than this one.
+            return error.errno == errno.EPERM
         else:
             return True
         finally:
@@ -206,7 +247,7 @@ class MeetingPlace:
         old one gets its name back.
         """
         aside = str(self.directory / f"{_ASIDE}{os.getpid()}")
-        kept = aside + ".old"
+        kept = aside + _KEPT
         endpoint = Endpoint()
         try:
             for left in (aside, kept):
@@ -233,13 +274,15 @@ class MeetingPlace:
         return endpoint, claim
 
     def close(self) -> None:
-        """Close the lock file, and with it free every lock of this process there.
+        """Free this instance's locks, and close the lock file if no other here uses it.
 
-        In a forked child too: the locks are the other process's, and stay.
+        In a forked child too: it holds none of them, and the other process's stay.
         """
-        if self._lock_fd >= 0:
-            _locked_here.discard(self._key)
-            os.close(self._lock_fd)
+        if self._lock_file is not None:
+            self.unlock()
+            self.stand_down()
+            self._lock_file.close()
+            self._lock_file = None
             self._lock_fd = -1
 
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 import struct
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hotrestart_plugins.wire import MAX_DATAGRAM
 
@@ -26,8 +26,7 @@ SLICE = 0.2
 """Seconds that one wait may last before whoever waits looks whether the other side still lives."""
 
 
-@dataclass(frozen=True)
-class Sender:
+class Sender(NamedTuple):
     """Who sent a datagram, by the kernel's word (SCM_CREDENTIALS), never by the sender's."""
 
     pid: int
@@ -37,8 +36,7 @@ class Sender:
     """The path its socket was bound to; empty for a socket without a name."""
 
 
-@dataclass(frozen=True)
-class Packet:
+class Packet(NamedTuple):
     """One datagram. Whoever receives it owns `fd` and closes it."""
 
     data: bytes
@@ -108,8 +106,7 @@ class Endpoint:
             try:
                 return self.send(data)
             except BlockingIOError:
-                # poll(2) does not tell when the queue of a peer has room again for a datagram of
-                # ours; the queue holds a handful, and only a stopped peer leaves it full.
+                # The queue holds a handful; only a stopped peer, or a flood, leaves it full.
                 if time.monotonic() >= deadline:
                     raise TimeoutError("the receiver's queue is full") from None
                 time.sleep(0.01)
@@ -126,16 +123,13 @@ class Endpoint:
 
     def receive_within(self, seconds: float) -> Packet | None:
         """The next datagram, or None if none came within `seconds`."""
-        # Set once and left: each settimeout is a system call.
-        if self._sock.gettimeout() != seconds:
-            self._sock.settimeout(seconds)
+        self._sock.settimeout(seconds)
         try:
-            data, ancillary, flags, address = self._sock.recvmsg(
-                MAX_DATAGRAM + 1, _ANCILLARY, _FLAGS
-            )
-        except (TimeoutError, BlockingIOError):
+            return self.receive()
+        except TimeoutError:
             return None
-        return _packet(data, ancillary, flags, address)
+        finally:
+            self._sock.settimeout(0)  # or every later call would wait as well
 
 
 def _packet(
@@ -148,12 +142,14 @@ def _packet(
             continue
         if kind == _socket.SCM_RIGHTS:
             whole = len(content) - len(content) % _FD.size
-            fds.extend(number for (number,) in _FD.iter_unpack(content[:whole]))
+            fds += [number for (number,) in _FD.iter_unpack(content[:whole])]
         elif kind == _socket.SCM_CREDENTIALS and len(content) >= _UCRED.size:
             pid, uid, _gid = _UCRED.unpack_from(content)
     fault = ""
     if flags & _socket.MSG_TRUNC or len(data) > MAX_DATAGRAM:
         fault = f"longer than {MAX_DATAGRAM} bytes"
+    elif flags & _socket.MSG_CTRUNC and not fds:
+        fault = "a descriptor that this process has no room for: raise its limit (ulimit -n)"
     elif flags & _socket.MSG_CTRUNC or len(fds) > 1:
         fault = "more than one descriptor"
     if fault:

@@ -1,0 +1,66 @@
+"""What every test here may use, and two rules: no skip in CI, no descriptor left open."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Processes, give_back_addresses, open_descriptors
+
+# Needs a compiled Volo process, which is no part of this repository; the model of one is.
+collect_ignore = [] if os.environ.get("VOLO_PEER") else ["test_volo.py"]
+
+
+def _no_skip_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and in CI that is a failure: {report.longrepr}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _no_skip_in_ci(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _no_skip_in_ci(report)
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        pytest.skip("only root can become another user, or mount a file system")
+
+
+@pytest.fixture
+def no_leak() -> Iterator[None]:
+    """The test leaves open the descriptors that were open before, and no others."""
+    before = open_descriptors()
+    yield
+    give_back_addresses()
+    assert open_descriptors() == before
+
+
+@pytest.fixture
+def meet() -> Iterator[Path]:
+    """A meeting directory; its path is short, as that of a Unix socket has to be."""
+    directory = Path(tempfile.mkdtemp(prefix="hr-"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """Starts processes, and ends each of them, by its pid, after the test."""
+    started = Processes()
+    yield started
+    started.close()

@@ -1,0 +1,259 @@
+"""What users write, what stands on the wire, and binding it fresh."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotrestart_plugins import address as addresses
+from hotrestart_plugins.address import Address, bind_fresh, holder, of_socket, parse, same_socket
+from hotrestart_plugins.errors import AddressError
+from tests.processes import Processes, free_address
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("127.0.0.1:8000", "127.0.0.1:8000"),
+        ("127.0.0.1", "127.0.0.1:8000"),
+        ("0.0.0.0:80", "0.0.0.0:80"),
+        ("127.0.0.1:0", "127.0.0.1:0"),
+        ("[::1]:8000", "[::1]:8000"),
+        ("[::1]", "[::1]:8000"),
+        ("[0:0:0:0:0:0:0:1]:1", "[::1]:1"),
+        ("[::]:65535", "[::]:65535"),
+        ("unix:/run/app.sock", "/run/app.sock"),
+        ("unix:/run//x/../app.sock", "/run/app.sock"),
+        ("unix:@app", "@app"),
+    ],
+)
+def test_the_name_on_the_wire(written: str, name: str) -> None:
+    """An address is named as Volo prints it, however it was written."""
+    (found,) = parse(written)
+    assert (found.name, str(found)) == (name, name)
+
+
+def test_a_relative_path_starts_here(monkeypatch: pytest.MonkeyPatch, meet: Path) -> None:
+    """A relative path is made whole at once, so that it means the same to the next instance."""
+    monkeypatch.chdir(meet)
+    assert parse("unix:app.sock")[0].name == f"{os.getcwd()}/app.sock"
+
+
+def test_no_host_is_every_interface() -> None:
+    """`:port` stands for every interface, each family by itself, IPv4 first."""
+    assert next(found.name for found in parse(":8000")) == "0.0.0.0:8000"
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        ("", "is no address"),
+        ("::1", "is no address"),
+        ("[::1", "is no address"),
+        ("http://x:1", "is no address"),
+        ("127.0.0.1:", "is no address"),
+        ("127.0.0.1:x", "is no address"),
+        ("127.0.0.1:-1", "is no address"),
+        ("8000", "is no address"),
+        ("127.0.0.1:65536", "port 65536 is not between 0 and 65535"),
+        ("127.0.0.1:" + "9" * 5000, "is no address"),
+        ("[zz]:1", "is no address of this machine"),
+        ("unix:", "is no Unix socket path"),
+        ("unix:@", "is no Unix socket path"),
+        ("unix:/a\0b", "NUL"),
+        ("unix:/" + "x" * 107, "108 bytes long, a Unix socket's path may have 107"),
+        ("unix:/" + "ä" * 60, "121 bytes long"),
+    ],
+)
+def test_what_is_no_address(written: str, why: str) -> None:
+    """What cannot be bound is refused when it is read, in one line."""
+    with pytest.raises(AddressError) as error:
+        parse(written)
+    assert why in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(st.text(st.sampled_from("0123456789.:[]%/ax@ \n\0-")))
+def test_arbitrary_text(text: str) -> None:
+    """Whatever is written is addresses, or AddressError; nothing else happens."""
+    try:
+        found = parse("unix:" + text if "a" in text or "x" in text else text)
+    except AddressError:
+        return
+    assert found
+
+
+def test_the_longest_path(meet: Path) -> None:
+    """A path of 107 bytes is bound; the kernel has room for no more."""
+    path = str(meet / ("x" * (106 - len(str(meet)))))
+    assert len(path) == 107
+    bind_fresh(addresses.unix(path)).close()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("127.0.0.1:80", "127.0.0.1:80", True),
+        ("127.0.0.1:80", "127.0.0.1:81", False),
+        ("127.0.0.1:80", "127.0.0.2:80", False),
+        ("127.0.0.1:80", "0.0.0.0:80", False),
+        ("0.0.0.0:80", "127.0.0.1:80", False),
+        ("127.0.0.1:80", "[::1]:80", False),
+        ("0.0.0.0:80", "[::]:80", False),
+        ("127.0.0.1:0", "127.0.0.1:80", True),
+        ("127.0.0.1:0", "[::1]:80", False),
+        ("127.0.0.1:80", "127.0.0.1:0", False),
+        ("unix:/a", "unix:/a", True),
+        ("unix:/a", "unix:/b", False),
+        ("unix:/a", "unix:@a", False),
+    ],
+)
+def test_is_of(one: str, other: str, *, same: bool) -> None:
+    """A listener is what was asked for only if family, host and port are; port 0 takes any."""
+    assert parse(one)[0].is_of(parse(other)[0]) is same
+
+
+@pytest.fixture(params=["127.0.0.1:0", "[::1]:0", "unix", "unix:@hotrestart-test"])
+def bound(request: pytest.FixtureRequest, meet: Path) -> Iterator[socket.socket]:
+    written = f"unix:{meet}/app.sock" if request.param == "unix" else request.param
+    with bind_fresh(parse(written)[0]) as sock:
+        yield sock
+
+
+def test_what_is_bound_fresh(bound: socket.socket) -> None:
+    """A fresh listener listens, does not block, is close-on-exec, and knows its protocol."""
+    assert addresses.is_listening(bound)
+    assert not bound.getblocking()
+    assert fcntl.fcntl(bound, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    assert of_socket(bound).family == bound.family
+    if bound.family != socket.AF_UNIX:
+        assert bound.proto == socket.IPPROTO_TCP
+    with socket.socket(bound.family) as client:
+        client.connect(bound.getsockname())
+
+
+def test_it_can_be_bound_again_at_once() -> None:
+    """An address whose connections are in TIME_WAIT is free."""
+    (address,) = parse(free_address())
+    for _ in range(2):
+        with bind_fresh(address) as sock, socket.create_connection(sock.getsockname()) as client:
+            sock.setblocking(True)
+            sock.accept()[0].close()
+            assert client.recv(1) == b""
+
+
+def test_an_address_that_is_taken(processes: Processes) -> None:
+    """The error about a taken address names the process that has it."""
+    code = (
+        "import socket, sys\n"
+        "s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True)\n"
+        "s.accept()"
+    )
+    process = processes.python(code)
+    (address,) = parse(f"127.0.0.1:{process.line()}")
+    with pytest.raises(AddressError) as error:
+        bind_fresh(address)
+    assert str(error.value) == f"{address} is taken by pid {process.pid}"
+
+
+def test_a_holder_that_cannot_be_found() -> None:
+    """Where nobody is seen at an address, no pid is made up."""
+    assert holder(parse(free_address())[0]) == "another process"
+
+
+@pytest.mark.parametrize("where", ["192.0.2.1:0", "[2001:db8::1]:0", "unix:/nonexistent/app.sock"])
+def test_an_address_that_cannot_be_bound(where: str) -> None:
+    """Another machine's address, or a directory that is not there, is one line."""
+    with pytest.raises(AddressError, match="cannot listen on"):
+        bind_fresh(parse(where)[0])
+
+
+def test_a_stale_socket_file_is_replaced(meet: Path) -> None:
+    """The file of a listener that has ended is replaced, and keeps its permissions."""
+    address = addresses.unix(str(meet / "app.sock"))
+    bind_fresh(address, mode=0o640).close()
+    with bind_fresh(address) as sock:
+        assert stat.S_IMODE(os.stat(address.host).st_mode) == 0o640
+        assert of_socket(sock) == address
+    with bind_fresh(address, mode=0o600):  # for a new file; this one was given its own by somebody
+        assert stat.S_IMODE(os.stat(address.host).st_mode) == 0o640
+
+
+def test_a_live_socket_file_is_refused(meet: Path, processes: Processes) -> None:
+    """A path where another process listens is left alone, and the process named."""
+    path = str(meet / "app.sock")
+    code = (
+        "import socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(1)\n"
+        "print('up', flush=True); s.accept(); s.accept(); s.accept(); s.accept()"
+    )
+    process = processes.python(code, path)
+    process.line()
+    before = os.stat(path).st_ino
+    with pytest.raises(AddressError) as error:
+        bind_fresh(addresses.unix(path))
+    assert str(error.value) == f"{path} is taken by pid {process.pid}"
+    assert os.stat(path).st_ino == before
+
+
+def test_a_live_socket_with_a_full_queue_is_refused(meet: Path) -> None:
+    """A listener that is too busy to take another connection is alive."""
+    path = str(meet / "app.sock")
+    with bind_fresh(addresses.unix(path), backlog=0), socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        with pytest.raises(AddressError, match="is taken by"):
+            bind_fresh(addresses.unix(path))
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_a_path_that_is_no_socket_is_left_alone(meet: Path, kind: str) -> None:
+    """A file, a directory or a symbolic link in the place of the socket is never removed."""
+    path = meet / "app.sock"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(meet / "elsewhere")
+    with pytest.raises(AddressError, match="is no socket: remove it or choose another path"):
+        bind_fresh(addresses.unix(str(path)))
+    assert os.path.lexists(path)
+
+
+def test_v6only() -> None:
+    """`[::]` leaves IPv4 alone where that is asked for, so that both can be bound."""
+    (v4,) = parse(free_address().replace("127.0.0.1", "0.0.0.0"))
+    (v6,) = parse(f"[::]:{v4.port}")
+    with bind_fresh(v4), bind_fresh(v6, v6only=True) as sock:
+        assert of_socket(sock) == v6
+
+
+def test_what_listens() -> None:
+    """Only a stream socket that listens is a listener."""
+    with (
+        socket.socket() as unbound,
+        socket.socket(type=socket.SOCK_DGRAM) as datagram,
+        bind_fresh(Address(socket.AF_INET, "127.0.0.1")) as listener,
+    ):
+        assert [addresses.is_listening(s) for s in (unbound, datagram, listener)] == [
+            False,
+            False,
+            True,
+        ]
+
+
+def test_the_same_socket(bound: socket.socket) -> None:
+    """Two descriptors are the same socket by the kernel's word, not by their address."""
+    with bound.dup() as copy, socket.socket(bound.family) as other:
+        assert same_socket(bound, copy)
+        assert not same_socket(bound, other)

@@ -51,6 +51,9 @@ class DrainingServer(uvicorn.Server):
     drain_on_stop = True
     """Whether a plain stop takes the care of a drain, too."""
 
+    shares_listeners = False
+    """Whether somebody else accepts on the same listeners when this server stops."""
+
     probe: Probe | None = None
     """What the app is asked before this server accepts anything."""
 
@@ -236,7 +239,7 @@ class DrainingServer(uvicorn.Server):
         await self.pause()
         loop = asyncio.get_running_loop()
         tasks = []
-        for one in self._listeners:
+        for one in [] if self.shares_listeners else self._listeners:
             with contextlib.suppress(OSError):  # its queue is empty
                 while True:
                     sock, _ = one.accept()

@@ -20,7 +20,7 @@ from hotrestart_plugins.errors import (
 )
 from hotrestart_plugins.peers import check_sender
 from hotrestart_plugins.rendezvous import Claim, MeetingPlace
-from hotrestart_plugins.transport import SLICE, Endpoint, Packet
+from hotrestart_plugins.transport import GONE, SLICE, Endpoint, Packet
 from hotrestart_plugins.wire import (
     PassFdRequest,
     PassFdResponse,
@@ -87,6 +87,9 @@ class Inquiry:
                 packet = self._receive(one, deadline, refused if sent <= number else "")
                 fd = self._answer(packet)
                 yield None if fd < 0 else self._checked(fd, one)
+        except OSError as error:
+            self._broken = str(error)
+            raise TakeoverError(f"the running instance cannot be asked: {error}") from error
         except TakeoverError as error:
             # Of one that has ended no answer can come any more; it may be another's turn.
             self._broken = "" if isinstance(error, ParentGone) else str(error)
@@ -99,7 +102,7 @@ class Inquiry:
             self._endpoint.send_before(PassFdRequest(one.name).serialize(), deadline)
         except TimeoutError:
             raise self._no_answer(one.name) from None
-        except OSError as error:
+        except GONE as error:
             return error.strerror or str(error)
         return ""
 
@@ -162,14 +165,14 @@ class Inquiry:
         return sock
 
     def tell_to_go(self) -> bool:
-        """Send TerminateParentRequest; False if the parent has ended. Raises NoAnswer."""
+        """Send TerminateParentRequest; False if the parent has ended. Raises NoAnswer, OSError."""
         try:
             self._endpoint.send_before(
                 TerminateParentRequest().serialize(), time.monotonic() + self._timeout
             )
         except TimeoutError:
             raise self._no_answer("the request to go") from None
-        except OSError:
+        except GONE:
             return False
         return True
 

@@ -402,7 +402,11 @@ class HotRestart:
         if self._endpoint is None:
             return False
         for _ in range(_BATCH):
-            packet = self._endpoint.receive()
+            try:
+                packet = self._endpoint.receive()
+            except OSError as error:
+                self._log.error("The parent socket cannot be read: %s", error)
+                return False
             if packet is None:
                 return False
             try:

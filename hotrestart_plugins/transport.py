@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket
 import contextlib
+import errno
 import os
 import struct
 import time
@@ -21,6 +22,11 @@ _FD = struct.Struct("=i")
 # MSG_CTRUNC, so the number that arrived is counted as well.
 _ANCILLARY = _socket.CMSG_SPACE(_UCRED.size) + _socket.CMSG_SPACE(_FD.size)
 _FLAGS = _socket.MSG_CMSG_CLOEXEC
+
+GONE = (ConnectionRefusedError, ConnectionResetError, BrokenPipeError, FileNotFoundError)
+"""What sending to a process that has ended raises."""
+
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)  # no room now; there may be some in a moment
 
 SLICE = 0.2
 """Seconds that one wait may last before whoever waits looks whether the other side still lives."""
@@ -105,7 +111,9 @@ class Endpoint:
         while True:
             try:
                 return self.send(data)
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
                 # The queue holds a handful; only a stopped peer, or a flood, leaves it full.
                 if time.monotonic() >= deadline:
                     raise TimeoutError("the receiver's queue is full") from None

@@ -40,6 +40,8 @@ class Server(DrainingServer):
         self._takeover = Takeover(config, self.settings)
         self._watchdog: Watchdog | None = None
         self._succession: Succession | None = None
+        self._listeners_taken: list[socket.socket] | None = None
+        self._failure: Exception | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop; raises SystemExit with the status that says why it failed.
@@ -48,32 +50,45 @@ class Server(DrainingServer):
         """
         self._watchdog = Watchdog(self._hangs)
         try:
+            if sockets is None:
+                self._listeners_taken = self._listen()
             super().run(sockets)
         except Exception as error:
-            if self.started:
+            if self.started and error is not self._failure:
                 raise
             # What there is to say of it was said where it happened.
             sys.exit(error.status if isinstance(error, HotRestartError) else NotReady.status)
         finally:
             self._watchdog.disarm()
 
+    def _listen(self) -> list[socket.socket]:
+        try:
+            return self._takeover.listen()
+        except Exception as error:
+            self._takeover.failed(error)
+            raise
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """As `run`, on the running loop; raises HotRestartError where it could not take over."""
+        if sockets is None:
+            sockets = self._listeners_taken
+        if sockets is None:
+            # It may wait for its turn, and what else runs on this loop must not wait with it.
+            sockets = await asyncio.to_thread(self._listen)
+        if self._watchdog is not None:
+            self._watchdog.arm(self.settings.ready_timeout)
         try:
-            if sockets is None:
-                # It may wait for its turn, and what else runs on this loop must not wait with it.
-                sockets = await asyncio.to_thread(self._takeover.listen)
-            if self._watchdog is not None:
-                self._watchdog.arm(self.settings.ready_timeout)
             await super().serve(sockets)
         except (Exception, SystemExit) as error:
             if not self.started:
                 self._takeover.failed(error)
             raise
         finally:
-            for one in sockets or []:
+            for one in sockets:
                 one.close()
             self._end(crashed=True)
+        if self._failure is not None:
+            raise self._failure
 
     def _end(self, *, crashed: bool) -> None:
         if self._succession is not None:
@@ -98,10 +113,17 @@ class Server(DrainingServer):
             return
         if self._watchdog is not None:
             self._watchdog.disarm()
-        successor = self._takeover.successor
-        if successor is not None:
-            self.take_in(path_of(successor, os.getpid()))
-        hot = self._takeover.ready(sockets or [])
+        try:
+            successor = self._takeover.successor
+            if successor is not None:
+                self.take_in(path_of(successor, os.getpid()))
+            hot = self._takeover.ready(sockets or [])
+        except (HotRestartError, OSError) as error:
+            # The listeners are the parent's still: what was accepted meanwhile is answered.
+            self._takeover.failed(error)
+            self._failure = error
+            self.shares_listeners = self.should_exit = True
+            return
         if hot is not None:
             self._succession = Succession(hot, self._takeover.directory, self.settings, self)
 

@@ -146,7 +146,7 @@ class Takeover:
         """The last line of an instance that could not take over, or not start."""
         if isinstance(error, SystemExit):
             why = "the app failed to start, see above"
-        elif isinstance(error, HotRestartError):
+        elif isinstance(error, (HotRestartError, OSError)):
             why = str(error)
         else:
             logger.error("The app failed to start", exc_info=error)

@@ -1,0 +1,203 @@
+"""The fault matrix: each system call of a takeover, on either side, killed, stopped, or failing.
+
+strace does it to the real processes (``-e inject``), under load; no hook in the code helps it.
+Afterwards exactly one instance serves, nobody was refused, and the next takeover succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from demo_app.deploys import TOOK_OVER, UP, DeployError, Deploys, Instance, command, free_port
+from demo_app.load import LoadProcess, Mix, Report
+from tests.integration.raw import ask
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace"),
+]
+
+ENV = {
+    "HOTRESTART_ROLLBACK_WINDOW": "5",
+    "HOTRESTART_TAKEOVER_TIMEOUT": "2",
+    "HOTRESTART_DRAIN_TIMEOUT": "10",
+}
+CLIENTS = Mix(one_shot=4, keep_alive=4)
+
+# The calls of a takeover of one listener, and how often each side makes them. asyncio and uvloop
+# receive and send by other calls, so that those with descriptors beside them are all ours.
+CHILD = [
+    ("fcntl", 1),
+    ("bind", 1),
+    ("connect", 1),
+    ("sendmsg", 1),  # the request
+    ("recvmsg", 1),
+    ("link,linkat", 1),
+    ("bind", 2),
+    ("rename,renameat,renameat2", 1),
+    ("sendmsg", 2),  # the word to go
+    ("unlink,unlinkat", 1),
+]
+PARENT = [
+    ("recvmsg", 1),  # the request
+    ("sendmsg", 1),
+    ("pidfd_open", 1),
+    ("recvmsg", 3),  # the word to go
+]
+
+
+@pytest.fixture
+def place() -> Iterator[Deploys]:
+    with Deploys() as found:
+        yield found
+
+
+def injected(args: list[str], where: Path, calls: str, what: str, when: int) -> list[str]:
+    """The command under strace; only calls that touch the meeting directory, where that tells."""
+    names = ",".join(f"?{call}" for call in calls.split(","))
+    paths: list[str] = []
+    if calls in ("unlink,unlinkat", "rename,renameat,renameat2", "link,linkat"):
+        for name in ("volo_hot_restart_parent.sock", "volo_hot_restart_child.sock"):
+            paths += ["-P", str(where / name)]
+    if calls == "fcntl":
+        paths += ["-P", str(where / "lock")]
+    return [
+        *("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={names}", *paths),
+        *("-e", f"inject={names}:{what}:when={when}", *args),
+    ]
+
+
+def serving(place: Deploys, address: str) -> tuple[Instance, list[str]]:
+    """A parent that serves there, and its command."""
+    args = command("uvicorn", address)
+    parent = place.start(args, **ENV)
+    parent.wait_for(*UP)
+    return parent, args
+
+
+def the_next_one_takes_over(place: Deploys, address: str, args: list[str]) -> None:
+    """Whoever serves now is replaced, and only the new one answers."""
+    new = place.start(args, **ENV)
+    new.wait_for(TOOK_OVER)
+    deadline = time.monotonic() + 30
+    while not new.owns(ask(address).pid):
+        assert time.monotonic() < deadline
+    assert {new.owns(ask(address).pid) for _ in range(8)} == {True}
+
+
+def held_by_the_killed(report: Report) -> None:
+    """Only what a killed process held may fail: no more than it can hold, and nobody refused."""
+    assert set(report.failed) <= {"reset", "eof", "cut_short"}, report
+    assert report.failures <= 2 * CLIENTS.total, report
+
+
+@pytest.mark.parametrize("what", ["signal=KILL", "error=ENOBUFS"])
+@pytest.mark.parametrize(("calls", "when"), CHILD)
+def test_the_child_fails(place: Deploys, calls: str, when: int, what: str) -> None:
+    """Killed or with an error in the middle of any call: it takes over, or changes nothing."""
+    address = f"127.0.0.1:{free_port()}"
+    parent, args = serving(place, address)
+    with LoadProcess(address, CLIENTS) as load:
+        load.wait(answers=50)
+        child = place.start(injected(args, place.directory / "meet", calls, what, when), **ENV)
+        try:
+            child.wait_for(TOOK_OVER)
+            took_over = True
+        except DeployError:
+            took_over = False
+        if not took_over:
+            assert child.wait() != 0
+            if what.startswith("error"):
+                lines = [line for line in child.log.splitlines() if "failed" in line]
+                assert len(lines) == 1, child.log
+                assert "Traceback" not in child.log
+        load.wait(answers=50)
+        the_next_one_takes_over(place, address, args)
+        load.wait(answers=50)
+        report = load.stop()
+    if took_over or what.startswith("error"):
+        assert not report.failures, report
+    else:
+        held_by_the_killed(report)
+    assert parent.wait() == 0, parent.log
+
+
+@pytest.mark.parametrize(("calls", "when"), CHILD)
+def test_the_child_is_stopped_for_a_while(place: Deploys, calls: str, when: int) -> None:
+    """Nobody serves worse for it, and it takes over when it goes on, or gives up."""
+    address = f"127.0.0.1:{free_port()}"
+    parent, args = serving(place, address)
+    with LoadProcess(address, CLIENTS) as load:
+        load.wait(answers=50)
+        before = parent.log.count("has taken over")
+        child = place.start(
+            injected(args, place.directory / "meet", calls, "signal=STOP", when), **ENV
+        )
+        stopped = stopped_process(child)
+        if not before and "has taken over" not in parent.log:
+            load.wait(answers=200)
+        os.kill(stopped, signal.SIGCONT)
+        child.wait_for(TOOK_OVER)
+        load.wait(answers=50)
+        the_next_one_takes_over(place, address, args)
+        report = load.stop()
+    assert not report.failures, report
+    assert parent.wait() == 0, parent.log
+
+
+def stopped_process(strace: Instance) -> int:
+    """Wait until a process of this session is stopped; its pid."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                text = status.read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            pid, state = int(status.parent.name), text.rpartition(")")[2].split()[0]
+            if state in "tT" and strace.owns(pid) and pid != strace.pid and _group_stop(pid):
+                return pid
+        assert strace.running, strace.log
+    raise AssertionError(f"nothing has stopped: {strace.log}")
+
+
+def _group_stop(pid: int) -> bool:
+    """Whether it is SIGSTOP that it stopped for, not strace looking at it: it stays so."""
+    for _ in range(20):
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "tT":
+            return False
+        os.sched_yield()
+    wchan = Path(f"/proc/{pid}/wchan").read_text()
+    return "signal_stop" in wchan or "ptrace_stop" in wchan or wchan == "0"
+
+
+@pytest.mark.parametrize("what", ["signal=KILL", "error=ENOBUFS"])
+@pytest.mark.parametrize(("calls", "when"), PARENT)
+def test_the_parent_fails(place: Deploys, calls: str, when: int, what: str) -> None:
+    """Killed in the middle of any call, the child serves alone; an error costs one attempt."""
+    address = f"127.0.0.1:{free_port()}"
+    args = command("uvicorn", address)
+    parent = place.start(injected(args, place.directory / "meet", calls, what, when), **ENV)
+    parent.wait_for(*UP)
+    with LoadProcess(address, CLIENTS) as load:
+        load.wait(answers=50)
+        child = place.start(args, **ENV)
+        try:
+            child.wait_for(TOOK_OVER, *UP)
+        except DeployError:
+            assert what.startswith("error")
+            assert child.wait() == 75
+            assert re.search(r"did not answer .* serves on", child.log)
+        load.wait(answers=50)
+        the_next_one_takes_over(place, address, args)
+        report = load.stop()
+    if what.startswith("error"):
+        assert not report.failures, report

@@ -42,6 +42,7 @@ class Takeover:
         self.directory = Path()
         """Where this instance meets others, once it has."""
         self._record: Record | None = None
+        self._was_child = False
 
     def listen(self) -> list[socket.socket]:
         """Every listener, inherited, given or bound fresh; the caller owns them.
@@ -64,6 +65,8 @@ class Takeover:
         except BaseException:
             for one in given:
                 one.close()
+            # What is said of it afterwards depends on whether somebody serves on.
+            self._was_child = self.hot is not None and self.hot.role is Role.CHILD
             self.close()
             raise
         return [*made, *given]
@@ -153,7 +156,7 @@ class Takeover:
             why = f"the app failed to start: {type(error).__name__}: {error}"
         if self._record is not None:
             self._record.note(outcome="failed", reason=why)
-        if self.hot is not None and self.hot.role is Role.CHILD:
+        if self._was_child or (self.hot is not None and self.hot.role is Role.CHILD):
             pid = self.parent_pid or "unknown"
             logger.error(
                 "Hot restart failed: %s; the running instance (pid %s) serves on", why, pid

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import signal
 import time
@@ -70,7 +71,7 @@ def injected(args: list[str], where: Path, calls: str, what: str, when: int) -> 
     if calls == "fcntl":
         paths += ["-P", str(where / "lock")]
     return [
-        *("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={names}", *paths),
+        *("strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", f"trace={names}", *paths),
         *("-e", f"inject={names}:{what}:when={when}", *args),
     ]
 
@@ -157,26 +158,34 @@ def stopped_process(strace: Instance) -> int:
     """Wait until a process of this session is stopped; its pid."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                text = status.read_text()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            pid, state = int(status.parent.name), text.rpartition(")")[2].split()[0]
-            if state in "tT" and strace.owns(pid) and pid != strace.pid and _group_stop(pid):
+        for status in Path("/proc").glob("[0-9]*/status"):
+            pid = int(status.parent.name)
+            if pid != strace.pid and strace.owns(pid) and _stays_stopped(status):
                 return pid
         assert strace.running, strace.log
     raise AssertionError(f"nothing has stopped: {strace.log}")
 
 
-def _group_stop(pid: int) -> bool:
-    """Whether it is SIGSTOP that it stopped for, not strace looking at it: it stays so."""
-    for _ in range(20):
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "tT":
-            return False
-        os.sched_yield()
-    wchan = Path(f"/proc/{pid}/wchan").read_text()
-    return "signal_stop" in wchan or "ptrace_stop" in wchan or wchan == "0"
+def _stays_stopped(status: Path) -> bool:
+    """Whether it is SIGSTOP that it stopped for: strace stops it too, at each call, not for long.
+
+    So it must not have been switched to for a while, in which a running one would have been.
+    """
+
+    def look() -> tuple[bool, str]:
+        text = status.read_text()
+        state = re.search(r"^State:\s+([tT])", text, re.MULTILINE)
+        return state is not None, text.partition("voluntary_ctxt_switches")[2]
+
+    try:
+        before = look()
+        for _ in range(10):
+            select.select([], [], [], 0.05)
+            if not before[0] or look() != before:
+                return False
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return True
 
 
 @pytest.mark.parametrize("what", ["signal=KILL", "error=ENOBUFS"])

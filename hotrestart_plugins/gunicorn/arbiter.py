@@ -1,0 +1,386 @@
+"""gunicorn's master: how it takes over, and what becomes of it if it cannot.
+
+gunicorn calls, in this order: `configured` (also on HUP, TTIN, TTOU), `starting`, in each worker
+`forked` and `initialised`, at the end `exiting`. In between, everything that happens to the master
+comes through its signal queue to `Instance.wake`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from gunicorn.errors import HaltServer
+
+from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
+from hotrestart_plugins.gunicorn import workers
+from hotrestart_plugins.gunicorn.channel import Channel, Report
+from hotrestart_plugins.gunicorn.identity import Identity
+from hotrestart_plugins.gunicorn.listeners import Listeners
+from hotrestart_plugins.gunicorn.succession import Succession
+from hotrestart_plugins.gunicorn.wakeup import Wakeups, forget_in_worker
+from hotrestart_plugins.protocol import HotRestart, Role
+from hotrestart_plugins.rendezvous import default_directory
+from hotrestart_plugins.settings import OPTIONS, Settings
+
+EX_TEMPFAIL = 75  # sysexits.h: it could not take over, try again
+EX_CONFIG = 78  # sysexits.h: it cannot work as it is configured
+
+_LAST_GRACE = 2  # seconds for workers that hang in their start to end by themselves
+
+_instance: Instance | None = None
+
+
+def configured(server: Any, settings: Callable[[], Settings], *, first: bool) -> None:
+    """The config has been read; before the app is loaded and the pid file is looked at."""
+    global _instance  # noqa: PLW0603  # one arbiter a process; workers find theirs after the fork
+    # A module is not executed again on HUP unless it has to be imported anew.
+    sys.modules.pop("hotrestart_plugins.gunicorn_conf", None)
+    if first:
+        _instance = _participant(server, settings)
+    elif _instance is not None:
+        _instance.reconfigured(settings)
+
+
+def starting(server: Any) -> None:
+    """Before gunicorn opens its listeners; exits if this instance cannot have them."""
+    if _instance is not None:
+        _instance.start(server)
+
+
+def forked(worker: Any) -> None:
+    """In a new worker, first of all."""
+    if _instance is not None:
+        _instance.forked(worker)
+
+
+def initialised() -> None:
+    """In a worker that has loaded the app and is about to enter its loop."""
+    if _instance is not None and _instance.worker is not None:
+        _instance.worker.initialised()
+
+
+def exiting(server: Any, reason: BaseException | None) -> None:
+    """The master has stopped its workers and is about to exit, because of `reason`."""
+    if _instance is not None and _instance.server is server:
+        _instance.end(reason)
+
+
+def _participant(server: Any, settings: Callable[[], Settings]) -> Instance | None:
+    """The instance, or None where gunicorn is to go on as if we were not there."""
+    try:
+        chosen = settings()
+        if chosen.disable:
+            return None
+        if "GUNICORN_PID" in os.environ:
+            server.log.warning(
+                "Started by USR2 from pid %s: this instance takes part in no hot restart",
+                os.environ["GUNICORN_PID"],
+            )
+            return None
+        if chosen.probe:
+            raise ConfigurationError(
+                f"hotrestart_probe = {chosen.probe!r}: gunicorn's workers are not probed, leave it "
+                "out; they are ready when the app is loaded and its lifespan has started"
+            )
+        if server.cfg.reuse_port:
+            raise ConfigurationError(
+                "reuse_port and hot restart do not go together, because a worker's own listener "
+                "cannot be handed over: leave one out (hotrestart_disable = True is the other's)"
+            )
+        if chosen.directory is None and _no_place(server.cfg):
+            server.log.warning(
+                "Port 0 names no place to meet: this instance cannot be replaced "
+                "(set hotrestart_dir)"
+            )
+            return None
+    except ConfigurationError as error:
+        server.log.error("%s", error)  # noqa: TRY400  # one line: the user's to mend
+        sys.exit(EX_CONFIG)
+    return Instance(server, chosen)
+
+
+def _no_place(cfg: Any) -> bool:
+    return any(isinstance(bind, tuple) and not bind[1] for bind in cfg.address)
+
+
+class Instance:
+    """This master, as one of a line of instances."""
+
+    def __init__(self, server: Any, settings: Settings) -> None:
+        self.server = server
+        self.settings = settings
+        self.log = server.log
+        self.worker: workers.WorkerSide | None = None
+        """In a worker process: its side of things."""
+        self._pid = os.getpid()
+        self._began = time.monotonic()
+        self._identity = Identity(server)
+        self._identity.withhold()
+        self._hot: HotRestart | None = None
+        self._channel: Channel | None = None
+        self._wakeups: Wakeups | None = None
+        self._succession: Succession | None = None
+        self._ready: set[int] = set()
+        self._changed = False  # HUP or TTOU came before it was ready, and ended workers
+        atexit.register(self._left_behind)
+        if server.cfg.preload_app:
+            signal.signal(signal.SIGALRM, self._preload_hangs)
+            signal.setitimer(signal.ITIMER_REAL, settings.ready_timeout)
+
+    def reconfigured(self, settings: Callable[[], Settings]) -> None:
+        """After HUP, with a new config; after TTIN and TTOU, with the one there was."""
+        self._own_name()
+        if self._succession is None:
+            self._identity.withhold()
+            return
+        self._identity.reconfigured()
+        try:
+            self.settings = self._succession.settings = settings()
+        except ConfigurationError as error:
+            self.log.error("%s; what was set before stays", error)  # noqa: TRY400  # the same
+
+    # -- taking over ---------------------------------------------------------------------------
+
+    def start(self, server: Any) -> None:
+        """Meet the running instance and take its listeners; exits if that cannot be."""
+        signal.setitimer(signal.ITIMER_REAL, 0)  # the app is loaded, if it was to be preloaded
+        spent = time.monotonic() - self._began if server.cfg.preload_app else 0.0
+        hot = HotRestart(takeover_timeout=self.settings.takeover_timeout, logger=self.log)
+        self._hot = hot
+        # gunicorn would unlink the live path of a Unix socket if it ended now; and it refuses
+        # USR2, which would hand on what may not be ours yet.
+        server.reexec_pid = -1
+        try:
+            listeners = Listeners(server)
+            directory = self.settings.directory or default_directory(listeners.addresses[0])
+            hot.initialize(directory, len(listeners.addresses))
+            server.LISTENERS = listeners.open(hot)
+        except HotRestartError as error:
+            self._fail(error)
+        for name in sorted(hot.inherited):
+            self.log.info("Inherited %s from pid %s", name, hot.parent_pid)
+        self._identity.check_pidfile(hot.parent_pid if hot.role is Role.CHILD else 0)
+        self._own_name()
+        if not workers.kind_of(server.worker_class):
+            self.log.warning(
+                "Workers of the class %s cannot stop accepting without stopping: at a takeover "
+                "they are stopped at once, and cannot serve again if the new instance dies",
+                server.cfg.worker_class_str,
+            )
+        self._channel = Channel()
+        self._wakeups = Wakeups(server)
+        self._wakeups.watch(self._channel.fileno())
+        self._wakeups.within(max(0.0, self.settings.ready_timeout - spent), "ready")
+        self._take_the_handlers()
+
+    def _own_name(self) -> None:
+        """A dirty arbiter would be killed by the next instance's of the same name."""
+        cfg = self.server.cfg
+        if self._hot is not None and cfg.dirty_workers > 0 and cfg.dirty_apps:
+            name = f"{cfg.proc_name}-{self._pid}"
+            self.server.proc_name = name
+            cfg.set("proc_name", name)
+
+    def _fail(self, error: HotRestartError) -> NoReturn:
+        self._complain(_in_gunicorns_words(str(error)))
+        self._close(crashed=True)
+        sys.exit(_status_of(error))
+
+    def _complain(self, why: str) -> None:
+        hot = self._hot
+        if hot is not None and hot.role is Role.CHILD:
+            self.log.error(
+                "Hot restart failed: %s; the running instance (pid %s) serves on",
+                why,
+                hot.parent_pid or "unknown",
+            )
+        else:
+            self.log.error("Start failed: %s", why)
+
+    def _preload_hangs(self, _number: int, _frame: FrameType | None) -> None:
+        self.log.error(
+            "Start failed: the app was not loaded within %g s (hotrestart_ready_timeout)",
+            self.settings.ready_timeout,
+        )
+        os._exit(EX_TEMPFAIL)
+
+    # -- the arbiter's queue -------------------------------------------------------------------
+
+    def _take_the_handlers(self) -> None:
+        """Have gunicorn's own signal handlers ask here first.
+
+        gunicorn looks them up by name, as ``handle_chld`` or ``handle_cld``, on the instance.
+        """
+        server = self.server
+        reap = server.handle_chld
+        server.handle_chld = server.handle_cld = lambda: self.wake(reap)
+        for name in ("term", "int", "quit"):
+            self._wrap(name, self._stopping)
+        for name in ("hup", "ttin", "ttou", "usr2"):
+            self._wrap(name, lambda original, name=name: self._changing(original, name))
+
+    def _wrap(self, name: str, around: Callable[..., None]) -> None:
+        original = getattr(self.server, f"handle_{name}")
+        setattr(self.server, f"handle_{name}", lambda: around(original))
+
+    @contextlib.contextmanager
+    def _keeping_paths(self) -> Iterator[None]:
+        """Who stops in here leaves it to us which Unix paths go: gunicorn asks only itself."""
+        try:
+            yield
+        except (StopIteration, HaltServer):
+            self._no_way_back()
+            raise
+
+    def _no_way_back(self) -> None:
+        if self.server.reexec_pid == 0:
+            self.server.reexec_pid = -1
+        reap = type(self.server).reap_workers
+
+        def reap_all() -> None:
+            """A second worker that fails to boot would end gunicorn in the midst of its stop."""
+            while True:
+                with contextlib.suppress(HaltServer):
+                    reap(self.server)
+                    return
+
+        self.server.reap_workers = reap_all
+
+    def _stopping(self, original: Callable[[], None]) -> None:
+        self._no_way_back()  # INT and QUIT stop the workers before they raise
+        original()
+
+    def _changing(self, original: Callable[[], None], name: str) -> None:
+        """HUP, TTIN, TTOU, USR2: not for an instance whose code on disk is another's by now."""
+        self.wake(lambda: None)
+        if self._succession is not None and not self._succession.allows_change:
+            self.log.warning("SIG%s ignored: another instance has taken over", name.upper())
+            return
+        self._changed = True
+        taken = self._succession is not None and self._succession.being_replaced
+        with self._keeping_paths():
+            if name == "hup" and taken:
+                self._identity.reload_without_pidfile(original)
+            else:
+                original()
+
+    def wake(self, reap: Callable[[], None]) -> None:
+        """Something has happened: a child ended, a descriptor is readable, a deadline passed."""
+        assert self._channel is not None  # noqa: S101  # set before the handlers are
+        before = set(self.server.WORKERS)
+        with self._keeping_paths():
+            reap()
+            reports = self._channel.reports()
+            self._ready |= {pid for what, pid in reports if what is Report.READY}
+            gone = before - self.server.WORKERS.keys()
+            if self._succession is None:
+                self._give_up_for(gone - self._ready)
+            self._ready &= self.server.WORKERS.keys()
+            if self._succession is None:
+                self._boot()
+            if self._succession is not None:
+                self._succession.step(reports, self._ready)
+
+    def _give_up_for(self, failed: set[int]) -> None:
+        """Where somebody else serves, nothing is won by starting failing workers for ever."""
+        if failed and self._hot is not None and self._hot.role is Role.CHILD and not self._changed:
+            raise HaltServer(
+                f"a worker (pid {min(failed)}) ended before it was ready, see above",
+                self.server.WORKER_BOOT_ERROR,
+            )
+
+    def _boot(self) -> None:
+        assert self._wakeups is not None  # noqa: S101
+        server = self.server
+        if len(self._ready) >= server.num_workers and self._ready >= server.WORKERS.keys():
+            self._wakeups.never("ready")
+            self._hand_over()
+        elif self._wakeups.due("ready"):
+            server.cfg.set("graceful_timeout", _LAST_GRACE)
+            missing = server.num_workers - len(self._ready)
+            error = NotReady(
+                f"{missing} of {server.num_workers} workers were not ready within "
+                f"{self.settings.ready_timeout:g} s (hotrestart_ready_timeout)"
+            )
+            raise HaltServer(str(error), EX_TEMPFAIL)
+
+    def _hand_over(self) -> None:
+        """Every worker serves: from now on this is the instance."""
+        hot, server, identity = self._hot, self.server, self._identity
+        assert hot is not None and self._channel is not None  # noqa: S101, PT018
+        assert self._wakeups is not None  # noqa: S101
+        replaces = hot.role is Role.CHILD
+        try:
+            identity.write_pidfile()
+            hot.ready()
+        except (HotRestartError, OSError) as error:
+            identity.restore_pidfile()
+            raise HaltServer(_in_gunicorns_words(str(error)), _status_of(error)) from error
+        identity.release()
+        server.reexec_pid = 0
+        self._succession = Succession(
+            server=server,
+            hot=hot,
+            channel=self._channel,
+            wakeups=self._wakeups,
+            identity=identity,
+            settings=self.settings,
+        )
+        self._succession.begin(replaces=replaces)
+
+    # -- in a worker ---------------------------------------------------------------------------
+
+    def forked(self, worker: Any) -> None:
+        """Only what a worker may have stays open."""
+        atexit.unregister(self._left_behind)
+        if self._channel is not None:
+            forget_in_worker()
+            self.worker = workers.WorkerSide(worker, self._channel, self.settings)
+            self.worker.forked()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def end(self, reason: BaseException | None) -> None:
+        """Close, and say what became of the takeover."""
+        failed = isinstance(reason, HaltServer) and reason.exit_status != 0
+        if self._hot is not None and self._hot.role in (Role.CHILD, Role.FIRST):
+            if failed:
+                self._complain(str(getattr(reason, "reason", reason)))
+            elif self._hot.role is Role.CHILD:
+                self._complain("it was stopped before it had taken over")
+        self._close(crashed=failed)
+
+    def _close(self, *, crashed: bool) -> None:
+        atexit.unregister(self._left_behind)
+        if self._wakeups is not None:
+            self._wakeups.close()
+        if self._hot is not None:
+            self._hot.close(crashed=crashed)
+        if self._channel is not None:
+            self._channel.close()
+
+    def _left_behind(self) -> None:
+        """An end that gunicorn has no hook for: an app that cannot be preloaded, a crash."""
+        if os.getpid() == self._pid:
+            if self._hot is None or self._hot.role in (Role.CHILD, Role.FIRST):
+                self._complain("gunicorn ended before it could serve, see above")
+            self._close(crashed=True)
+
+
+def _status_of(error: Exception) -> int:
+    return EX_CONFIG if isinstance(error, ConfigurationError) else EX_TEMPFAIL
+
+
+def _in_gunicorns_words(text: str) -> str:
+    """The message with the names that the options have in a gunicorn config file."""
+    for option in OPTIONS:
+        text = text.replace(option.flag, option.config)
+    return text

@@ -1,0 +1,204 @@
+"""From ready to exit: the master that answers, is replaced, and serves again if that fails.
+
+After a takeover comes first the pause: the workers accept nothing, finish what they have, and
+could accept again. Only when the rollback window is over are they stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+import os
+import signal
+import time
+from typing import Any
+
+from hotrestart_plugins.gunicorn import workers
+from hotrestart_plugins.gunicorn.channel import Channel, Report
+from hotrestart_plugins.gunicorn.identity import Identity
+from hotrestart_plugins.gunicorn.wakeup import Wakeups
+from hotrestart_plugins.protocol import After, HotRestart, Role
+from hotrestart_plugins.settings import Settings
+
+_LOOK = 0.25  # seconds between two looks at the child, while there is one: a pidfd sends no SIGIO
+_CONTROL_DELAY = 1.0  # seconds in which the replaced instance stops its control server
+_NO_WINDOW = 1.0  # seconds that workers have to stop accepting before they are stopped
+_MOST_BATCHES = 16  # of datagrams in one step, so that a flood cannot starve the arbiter
+
+
+class Phase(enum.Enum):
+    """What this instance does."""
+
+    SERVING = "serving"
+    PAUSED = "paused"  # replaced, within the rollback window
+    LEAVING = "leaving"
+
+
+class Succession:
+    """This master from its handover on. Owns nothing that it is given."""
+
+    def __init__(
+        self,
+        *,
+        server: Any,
+        hot: HotRestart,
+        channel: Channel,
+        wakeups: Wakeups,
+        identity: Identity,
+        settings: Settings,
+    ) -> None:
+        self.settings = settings
+        self._server = server
+        self._hot = hot
+        self._channel = channel
+        self._wakeups = wakeups
+        self._identity = identity
+        self._log = server.log
+        self._phase = Phase.SERVING
+        self._ready: set[int] = set()
+        self._signalled: set[int] = set()
+        self._awaited: set[int] = set()
+        self._paused_at = 0.0
+        self._workers_before = 0
+
+    def begin(self, *, replaces: bool) -> None:
+        """`hot` is ready: answer from now on."""
+        self._wakeups.watch(self._hot.fileno())
+        if replaces:
+            self._identity.announce("Took over")
+            self._wakeups.within(_CONTROL_DELAY, "control")
+        else:
+            self._identity.start_control()
+            self._log.info("Hot restart: ready")
+
+    @property
+    def allows_change(self) -> bool:
+        """Whether the config may be read again, and workers be started."""
+        return self._phase is Phase.SERVING
+
+    @property
+    def being_replaced(self) -> bool:
+        """Whether a child has been given listeners."""
+        return self._hot.child is not None
+
+    def step(self, reports: list[tuple[Report, int]], ready: set[int]) -> None:
+        """Look at everything. Raises StopIteration when it is time to leave, as gunicorn does."""
+        self._ready = ready
+        self._answer()
+        if self._phase is Phase.SERVING and self._hot.role is Role.REPLACED:
+            self._pause()
+        if self._phase is Phase.PAUSED:
+            self._hold_still()
+        self._count(reports)
+        if self._wakeups.due("control") and self._phase is Phase.SERVING:
+            self._identity.start_control()
+        if self._wakeups.due("window"):
+            self._leave()
+        self._watch_child()
+
+    def _answer(self) -> None:
+        for _ in range(_MOST_BATCHES):
+            if not self._hot.handle():
+                return
+        self._wakeups.now()
+
+    # -- the child -----------------------------------------------------------------------------
+
+    def _watch_child(self) -> None:
+        child = self._hot.child
+        if child is None:
+            return
+        if self._server.reexec_pid == 0:
+            # Its listeners are another's too: gunicorn must not unlink their paths any more.
+            self._server.reexec_pid = -1
+        if child.alive:
+            self._wakeups.within(_LOOK, "child")
+            return
+        self._wakeups.never("child")
+        after = self._hot.child_ended()
+        if after is After.LEAVE:
+            self._leave()
+        elif after is After.RESUME:
+            self._resume()
+        if self._server.reexec_pid == -1:
+            self._server.reexec_pid = 0
+        self._wakeups.watch(self._hot.fileno())
+
+    # -- replaced ------------------------------------------------------------------------------
+
+    def _pause(self) -> None:
+        self._phase = Phase.PAUSED
+        self._paused_at = time.monotonic()
+        self._workers_before = self._server.num_workers
+        self._wakeups.never("control")
+        self._identity.stop_control()
+        self._channel.paused = True
+        self._awaited = set(self._ready)
+        self._signal(self._ready)
+        if not workers.kind_of(self._server.worker_class):
+            self._leave()
+        self._wakeups.within(self.settings.rollback_window or _NO_WINDOW, "window")
+
+    def _hold_still(self) -> None:
+        """Start no worker in the place of one that ends: the code on disk is the new one."""
+        # The attribute, not the property: the user's nworkers_changed has no part in this.
+        self._server._num_workers = len(self._server.WORKERS)  # noqa: SLF001
+        # Those that were still starting when the others were signalled.
+        self._signal(self._ready - self._signalled)
+
+    def _signal(self, pids: set[int]) -> None:
+        """Have workers look at the channel's byte; only those that are ready can bear it."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR2)
+        self._signalled |= pids
+
+    def _count(self, reports: list[tuple[Report, int]]) -> None:
+        if not self._awaited:
+            return
+        wanted = Report.PAUSED if self._phase is Phase.PAUSED else Report.RESUMED
+        self._awaited -= {pid for what, pid in reports if what is wanted}
+        self._awaited &= self._server.WORKERS.keys()
+        if not self._awaited:
+            if wanted is Report.RESUMED:
+                self._log.info("Accepting again")
+                return
+            self._log.info("Stopped accepting; draining")
+            if not self.settings.rollback_window:
+                self._leave()
+
+    def _resume(self) -> None:
+        """The new instance has crashed: the workers that there are serve again."""
+        self._phase = Phase.SERVING
+        self._wakeups.never("window")
+        self._channel.paused = False
+        self._awaited, self._signalled = set(self._ready), set()
+        self._signal(self._ready)
+        self._signalled.clear()
+        self._keep_count()
+        with contextlib.suppress(OSError):
+            self._identity.write_pidfile()
+        self._identity.start_control()
+        self._identity.announce("Serves again")
+
+    def _keep_count(self) -> None:
+        """As many workers as are left: one started now would run the code that has just failed."""
+        left = len(self._server.WORKERS)
+        if 0 < left < self._workers_before:
+            self._log.warning(
+                "%d of %d workers are left; more would run the code that is on disk now. "
+                "Send SIGHUP when it is good again",
+                left,
+                self._workers_before,
+            )
+        self._server._num_workers = left or self._workers_before  # noqa: SLF001
+
+    def _leave(self) -> None:
+        """Stop as gunicorn stops on SIGTERM, with the time that is left for the drain."""
+        self._phase = Phase.LEAVING
+        self._hot.stand_down()
+        self._wakeups.close()
+        left = self._paused_at + self.settings.drain_timeout - time.monotonic()
+        self._server.cfg.set("graceful_timeout", max(1, math.ceil(left)))
+        raise StopIteration

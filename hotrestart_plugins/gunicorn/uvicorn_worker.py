@@ -1,0 +1,109 @@
+"""The gate of uvicorn's worker for gunicorn, from the uvicorn-worker package or uvicorn itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Generator
+from typing import Any
+
+import uvicorn
+
+from hotrestart_plugins.draining import DrainingServer
+from hotrestart_plugins.gunicorn.channel import Report
+
+
+class UvicornGate:
+    """Has the worker use a `DrainingServer`, and tells that one when to pause."""
+
+    def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
+        self._worker = worker
+        self._done = done
+        self._server: DrainingServer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wanted = False
+        self._changing: asyncio.Task[None] | None = None
+        if worker.config.timeout_graceful_shutdown is None:
+            worker.config.timeout_graceful_shutdown = worker.cfg.graceful_timeout
+        _replace_server(type(worker), self._server_class())
+
+    def _server_class(self) -> type[DrainingServer]:
+        gate = self
+
+        class WorkerServer(DrainingServer):
+            """The server of this worker."""
+
+            def __init__(self, config: uvicorn.Config) -> None:
+                super().__init__(config)
+                gate._server = self
+                gate._loop = asyncio.get_running_loop()
+
+            async def serve(self, sockets: list[Any] | None = None) -> None:
+                """As uvicorn's. uvloop closes a descriptor twice that is not a plain socket's."""
+                await super().serve([getattr(one, "sock", one) for one in sockets or ()])
+
+            async def shutdown(self, sockets: list[Any] | None = None) -> None:
+                """As a `DrainingServer`'s; after a pause, what is open still has its time."""
+                timeout = self.config.timeout_graceful_shutdown
+                if self.paused and timeout is not None:
+                    await self.drain(timeout)
+                await super().shutdown(sockets)
+
+            async def on_tick(self, counter: int) -> bool:
+                """As uvicorn's; and a worker whose master was killed goes, too."""
+                if os.getppid() != gate._worker.ppid:
+                    self.should_exit = True
+                return await super().on_tick(counter)
+
+            @contextlib.contextmanager
+            def capture_signals(self) -> Generator[None, None, None]:
+                """As uvicorn's, but the worker ends by itself: gunicorn's worker_exit runs."""
+                with super().capture_signals():
+                    yield
+                    if self.started:
+                        self._captured_signals.clear()
+
+        return WorkerServer
+
+    def ready(self) -> None:
+        """Nothing to do: uvicorn's worker passes gunicorn's backlog on."""
+
+    def pause(self) -> None:
+        """From a signal handler: what follows is the loop's."""
+        # gunicorn's own timeout was set to that of the drain just before.
+        self._worker.config.timeout_graceful_shutdown = self._worker.cfg.graceful_timeout
+        self._want(paused=True)
+
+    def resume(self) -> None:
+        """The same."""
+        self._worker.config.timeout_graceful_shutdown = self._worker.cfg.graceful_timeout
+        self._want(paused=False)
+
+    def _want(self, *, paused: bool) -> None:
+        self._wanted = paused
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._change)
+
+    def _change(self) -> None:
+        if self._changing is None or self._changing.done():
+            self._changing = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        server = self._server
+        while server is not None and server.started and self._wanted != server.paused:
+            if self._wanted:
+                await server.pause()
+                self._done(Report.PAUSED)
+            else:
+                await server.resume()
+                self._done(Report.RESUMED)
+
+
+def _replace_server(worker_class: type, replacement: type[DrainingServer]) -> None:
+    """In the modules that define the worker class: its `run` looks the name up there."""
+    for one in worker_class.__mro__:
+        module = sys.modules.get(one.__module__)
+        if getattr(module, "Server", None) is uvicorn.Server:
+            module.Server = replacement  # type: ignore[union-attr]

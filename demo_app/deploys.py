@@ -197,10 +197,14 @@ class Deploys:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def start(self, args: Sequence[str], *, pass_fds: Sequence[int] = (), **env: str) -> Instance:
-        """Start an instance; `env` is added to its environment, `pass_fds` stay open in it."""
+    def start(self, args: Sequence[str], **env: str) -> Instance:
+        """Start an instance; `env` is added to its environment."""
+        return self.start_passing((), args, **env)
+
+    def start_passing(self, fds: Sequence[int], args: Sequence[str], **env: str) -> Instance:
+        """As `start`; the descriptors `fds` stay open in it, under their numbers."""
         meet = {"HOTRESTART_DIR": str(self.directory / "meet")}
-        instance = Instance(args, {**meet, **env}, pass_fds)
+        instance = Instance(args, {**meet, **env}, fds)
         self._stack.callback(instance.close)
         return instance
 

@@ -21,7 +21,7 @@ _LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)?(?:#([^)\s]+))?\)")
 
 def options() -> str:
     """The table of options."""
-    lines = ["| option | environment | gunicorn config | default | |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| option | environment | gunicorn config | default | |", "| --- " * 5 + "|"]
     for option in OPTIONS:
         default = DEFAULTS[option.field]
         shown = f"{default:g}" if isinstance(default, float) else ""
@@ -49,9 +49,10 @@ TABLES = {"options": options, "statuses": statuses}
 def filled(text: str) -> str:
     """The page with each table as the code has it."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        pattern = re.compile(f"{begin}\n.*?{end}", re.DOTALL)
-        text = pattern.sub(lambda _, n=begin, t=table(), e=end: f"{n}\n{t}\n{e}", text)
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}{table()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
@@ -70,7 +71,7 @@ def main() -> int:
             if "--write" in sys.argv:
                 page.write_text(filled(text))
             else:
-                wrong.append(f"{page.name}: a table differs from the code: run docs/check.py --write")
+                wrong.append(f"{page.name}: a table differs from the code: docs/check.py --write")
         for path, anchor in _LINK.findall(text):
             target = (page.parent / path) if path else page
             if not target.exists():

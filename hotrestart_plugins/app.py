@@ -43,9 +43,13 @@ class DrainSignal:
         loop = asyncio.get_running_loop()
         begun: asyncio.Future[None] = loop.create_future()
 
+        def arrive() -> None:
+            if not begun.done():
+                begun.set_result(None)
+
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # that loop is closed
-                loop.call_soon_threadsafe(lambda: begun.done() or begun.set_result(None))
+                loop.call_soon_threadsafe(arrive)
 
         self.call_when_begun(wake)
         try:

@@ -39,7 +39,7 @@ def inside(directory: Path, args: list[str]) -> list[str]:
 
 def start(place: Deploys, args: list[str], **env: str) -> Instance:
     """An instance, as soon as it runs."""
-    return place.start(args, pass_fds=(), **env)
+    return place.start(args, **env)
 
 
 def up(place: Deploys, args: list[str], **env: str) -> Instance:

@@ -236,9 +236,9 @@ def test_a_given_descriptor(place: Deploys, tmp_path: Path, way: str, family: st
         variables = "LISTEN_PID=$$ LISTEN_FDS=1" if way == "systemd" else ""
         script = f'exec 3<&{listener.fileno()}; {variables} exec "$@"'
         args = ["bash", "-c", script, "bash", *args]
-        old = place.start(args, pass_fds=(listener.fileno(),), **QUICK)
+        old = place.start_passing((listener.fileno(),), args, **QUICK)
         old.wait_for(*UP)
-        new = place.start(args, pass_fds=(listener.fileno(),), **QUICK)
+        new = place.start_passing((listener.fileno(),), args, **QUICK)
         new.wait_for(TOOK_OVER)
         assert old.wait() == 0, old.log
         assert new.owns(ask(address).pid)

@@ -321,9 +321,9 @@ def test_a_given_descriptor(place: Deploys, way: str) -> None:
         more = {"--fd": "--fd 3", "--bind": "--bind fd://3", "systemd": ""}[way]
         script = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" {more}'
         args = ["bash", "-c", script, "bash", *plain]
-        old = place.start(args, pass_fds=(listener.fileno(),), **QUICK)
+        old = place.start_passing((listener.fileno(),), args, **QUICK)
         old.wait_for(*UP)
-        new = place.start(args, pass_fds=(listener.fileno(),), **QUICK)
+        new = place.start_passing((listener.fileno(),), args, **QUICK)
         new.wait_for(TOOK_OVER)
         assert old.wait() == 0
         assert ask(address).pid == new.pid

@@ -46,10 +46,12 @@ class DeployError(Exception):
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on, nor any client may be given meanwhile.
 
-    The kernel gives clients ports from 32768 on (ip_local_port_range, ip(7)).
+    The kernel gives clients ports from 32768 on (ip_local_port_range, ip(7)). Test runs beside
+    each other (pytest-xdist's workers) choose from ports of their own.
     """
+    lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
     while True:
-        port = random.randrange(20000, 32768)
+        port = random.randrange(20000 + lane, 32768, 16)
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port

@@ -36,6 +36,13 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with real servers are slow, but for those marked as the essentials."""
+    for item in items:
+        if "integration" in item.path.parts and not item.get_closest_marker("smoke"):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root") and os.geteuid() != 0:
         pytest.skip("only root can become another user, or mount a file system")

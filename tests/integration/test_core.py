@@ -30,7 +30,7 @@ from tests.processes import (
     who_answers,
 )
 
-pytestmark = pytest.mark.usefixtures("no_leak")
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("no_leak")]
 
 STEPS = ["initialize", "first", "second", "third", "ready"]
 

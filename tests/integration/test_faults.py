@@ -22,7 +22,7 @@ from demo_app.load import LoadProcess, Mix, Report
 from tests.integration.raw import ask
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace"),
 ]
 

@@ -40,6 +40,7 @@ def address() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
+@pytest.mark.smoke
 @EACH_WORKER
 def test_no_request_fails_in_ten_takeovers_in_a_row(
     place: Deploys, address: str, tmp_path: Path, worker: str

@@ -43,6 +43,8 @@ def address() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
+pytestmark = pytest.mark.faults
+
 FAULTS = [
     *((worker, fault, []) for worker in WORKERS for fault in ("import", "hang")),
     *((worker, "lifespan", []) for worker in ("asgi", "uvicorn")),

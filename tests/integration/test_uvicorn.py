@@ -57,6 +57,7 @@ def successor(place: Deploys, old: Instance, args: list[str], **env: str) -> Ins
 # -- no client notices -----------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @ONE_OR_MORE
 def test_no_request_fails_in_takeovers_in_a_row(place: Deploys, address: str, server: str) -> None:
     """Every request of every client is answered, and from the moment that an instance has stopped

@@ -35,7 +35,16 @@ from benchmarks.common import (
     say,
     write_page,
 )
-from demo_app.deploys import SERVERS, UP, DeployError, Deploys, Instance, command, free_port
+from demo_app.deploys import (
+    SERVERS,
+    TOOK_OVER,
+    UP,
+    DeployError,
+    Deploys,
+    Instance,
+    command,
+    free_port,
+)
 from demo_app.load import LoadProcess, Mix
 
 PLAIN, OURS = "plain", "ours"
@@ -149,8 +158,8 @@ def fresh_start(name: str, *, plain: bool) -> Measured:
     address = f"127.0.0.1:{free_port()}"
     with Deploys() as place:
         server = place.start(bare(name, address, plain=plain), **ENVIRONMENT)
-        seen = first_answer(server, address)
         server.wait_for(*(PLAIN_UP if plain else UP))
+        seen = first_answer(server, address)
         server.stop()
     return seen
 
@@ -168,6 +177,7 @@ def starts(name: str, number: int) -> dict[str, list[Measured]]:
         for done in range(number):
             seen[PLAIN].append(fresh_start(name, plain=True))
             new = place.start(args, **ENVIRONMENT)
+            new.wait_for(TOOK_OVER)  # to ask before would only keep the old one busy
             seen[TAKEOVER].append(first_answer(new, address))
             current.wait()
             current = new

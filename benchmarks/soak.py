@@ -62,7 +62,8 @@ SIZES = Sizes(
 )  # each shorter than the drain, by as much as a busy machine may add
 
 PAUSE = 0.05  # seconds of a client between two requests: connections are met busy and idle alike
-SETTLED = 10  # the takeover that the last one is compared with
+EVERY = 10  # takeovers, a look at what is held, when nobody is leaving; the last look must be as
+# the first one
 DRIFT = 0.05  # of the memory: each instance is a fresh process, what differs is noise
 LOAD_AGE = 240.0  # seconds until the load process is replaced by a fresh one
 MOST_FAILED_TAKEOVERS = 20
@@ -293,10 +294,13 @@ def run(name: str, wanted: int, requests: int, options: argparse.Namespace) -> S
             leaving.append(Leaving(current, time.monotonic(), new))
             current = new
             traffic.wait(100)
-            soak.report, soak.seconds = traffic.report, time.monotonic() - begun
-            soak.footprints.append(footprint(current.pid))
-            soak.files.append(meeting_files(place))
-            if soak.takeovers % 10 == 0:
+            if soak.takeovers % EVERY == 0 or soak.takeovers == wanted:
+                while leaving:  # while an old instance drains, the new one holds its links to it
+                    see_off(leaving.pop(0), soak)
+                traffic.wait(100)
+                soak.report, soak.seconds = traffic.report, time.monotonic() - begun
+                soak.footprints.append(footprint(current.pid))
+                soak.files.append(meeting_files(place))
                 say(soak.line(wanted))
             if options.stop and (soak.report.failures or soak.faults):
                 break
@@ -337,26 +341,25 @@ def judge(soak: Soak) -> None:
         soak.fault(f"{report.abandoned} requests were given up at the end")
     if report.sent != report.answered + report.failures + report.abandoned:
         soak.fault(f"the account does not add up: {report}")
-    if len(soak.footprints) < SETTLED:
-        soak.fault(f"{len(soak.footprints)} takeovers are too few to compare: pass {SETTLED}")
+    if len(soak.footprints) < 2:
+        soak.fault(f"too few takeovers to compare: pass more than {EVERY}")
         return
-    first, last = soak.footprints[SETTLED - 1], soak.footprints[-1]
+    first, last = soak.footprints[0], soak.footprints[-1]
     if first.descriptors != last.descriptors:
         more, less = last.descriptors - first.descriptors, first.descriptors - last.descriptors
-        soak.fault(f"descriptors: {dict(more)} more, {dict(less)} less than at {SETTLED}")
+        soak.fault(f"descriptors: {dict(more)} more, {dict(less)} less than at {EVERY}")
     if (first.threads, first.processes) != (last.threads, last.processes):
-        soak.fault(f"at {SETTLED} {first}, at the end {last}")
-    before, after = memory_at(soak.footprints, SETTLED), memory_at(soak.footprints, None)
+        soak.fault(f"at {EVERY} {first}, at the end {last}")
+    before, after = memory(soak.footprints[:5]), memory(soak.footprints[-5:])
     if after > before * (1 + DRIFT):
-        soak.fault(f"memory: {before / 2**20:.1f} MiB at {SETTLED}, {after / 2**20:.1f} at the end")
-    if soak.files[SETTLED - 1] != soak.files[-1]:
-        soak.fault(f"files: {soak.files[SETTLED - 1]} at {SETTLED}, {soak.files[-1]} at the end")
+        soak.fault(f"memory: {before:.1f} MiB in the beginning, {after:.1f} in the end")
+    if soak.files[0] != soak.files[-1]:
+        soak.fault(f"files: {soak.files[0]} at {EVERY}, {soak.files[-1]} at the end")
 
 
-def memory_at(footprints: list[Footprint], takeover: int | None) -> float:
-    """The median of five; None: the last ones."""
-    some = footprints[-5:] if takeover is None else footprints[takeover - 5 : takeover]
-    return statistics.median(one.memory for one in some)
+def memory(footprints: list[Footprint]) -> float:
+    """The median, in MiB: one process differs from the next."""
+    return statistics.median(one.mebibytes for one in footprints)
 
 
 HEAD = (
@@ -370,21 +373,18 @@ def table(soaks: list[Soak]) -> str:
     """All raw counts."""
     rows = []
     for one in soaks:
-        report, few = one.report, len(one.footprints) < SETTLED
-        pair = () if few else (one.footprints[SETTLED - 1], one.footprints[-1])
+        report, seen = one.report, one.footprints
+        ends = (seen[0], seen[-1]) if seen else ()
         rows.append(
             (
                 *(one.name, f"{len(one.took)}", f"{one.seconds:.0f} s", f"{report.sent:,}"),
                 *(f"{report.answered:,}", f"**{report.failures}**", f"{report.closed_idle}"),
                 *(f"{report.abandoned}", f"{report.reconnects:,}", f"{report.ws_restarts:,}"),
                 *(_median(one.took), _median(one.gone)),
-                " → ".join(str(seen.descriptors.total()) for seen in pair),
-                " → ".join(str(seen.threads) for seen in pair),
-                ""
-                if few
-                else f"{memory_at(one.footprints, SETTLED) / 2**20:.1f} → "
-                f"{memory_at(one.footprints, None) / 2**20:.1f}",
-                "" if few else f"{len(one.files[SETTLED - 1])} → {len(one.files[-1])}",
+                " → ".join(str(end.descriptors.total()) for end in ends),
+                " → ".join(str(end.threads) for end in ends),
+                f"{memory(seen[:5]):.1f} → {memory(seen[-5:]):.1f}" if seen else "",
+                f"{len(one.files[0])} → {len(one.files[-1])}" if seen else "",
             )
         )
     return markdown(HEAD, rows)

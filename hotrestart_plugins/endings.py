@@ -128,6 +128,7 @@ class Endings:
         self._tally.streams += 1
         cycle.keep_alive = False
         await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
+        cycle.disconnected = True  # what the app sends until it has heard goes nowhere, silently
 
     def tally(self, moved: AbstractSet[Any] = frozenset()) -> Tally:
         """The account, as of now, less what was `moved`; what is open counts as cut off."""

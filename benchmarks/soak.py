@@ -4,7 +4,8 @@
 
 Each server is replaced again and again under kept-alive and one-shot clients, slow requests,
 uploads, event streams and WebSockets. While a replaced instance drains, the next takeover begins:
-up to --overlap of them are on their way out at a time. A line of raw counts every ten takeovers.
+up to --overlap of them are on their way out at a time. Every ten takeovers, when
+nobody is leaving, a line of raw counts.
 
 Status 0 if no request failed, none was given up, no idle connection was closed unannounced, every
 replaced instance ended with 0 and left no process, and the descriptors, the threads, the memory and
@@ -62,8 +63,7 @@ SIZES = Sizes(
 )  # each shorter than the drain, by as much as a busy machine may add
 
 PAUSE = 0.05  # seconds of a client between two requests: connections are met busy and idle alike
-EVERY = 10  # takeovers, a look at what is held, when nobody is leaving; the last look must be as
-# the first one
+EVERY = 10  # takeovers: a look at what is held, when nobody is leaving; the last is as the first
 DRIFT = 0.05  # of the memory: each instance is a fresh process, what differs is noise
 LOAD_AGE = 240.0  # seconds until the load process is replaced by a fresh one
 MOST_FAILED_TAKEOVERS = 20

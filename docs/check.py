@@ -26,7 +26,7 @@ def options() -> str:
         default = DEFAULTS[option.field]
         shown = f"{default:g}" if isinstance(default, float) else ""
         flag = f"`{option.flag}{' ' + option.metavar if option.metavar else ''}`"
-        config = f"`{option.config}`" if option.gunicorn else "`bind`"
+        config = f"`{option.config}`" if option.gunicorn else ""
         lines.append(f"| {flag} | `{option.env}` | {config} | {shown} | {option.help} |")
     return "\n".join(lines)
 

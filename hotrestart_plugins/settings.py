@@ -77,7 +77,7 @@ class Option:
     help: str
     metavar: str = ""
     gunicorn: bool = True
-    """False for what gunicorn has an option of its own for."""
+    """False for what gunicorn has an option of its own for, or has not."""
 
     @property
     def env(self) -> str:
@@ -166,6 +166,7 @@ OPTIONS = (
         "Ask the app this before this instance is ready: a path that must answer with 2xx or 3xx, "
         "or a function that must not fail.",
         "PATH|MODULE:FUNCTION",
+        gunicorn=False,
     ),
     Option(
         "no_handover",
@@ -175,6 +176,7 @@ OPTIONS = (
         "1 or 0",
         "Do not hand kept-alive connections over to the next instance: each is answered once more, "
         "with Connection: close.",
+        gunicorn=False,
     ),
     Option(
         "disable",

@@ -13,10 +13,13 @@ A server that never drains costs nothing: nobody looks at this but the app.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class DrainSignal:
@@ -40,6 +43,8 @@ class DrainSignal:
 
     async def begun(self) -> None:
         """Return when it drains."""
+        import asyncio  # noqa: PLC0415 (plain workers have no use for it, and start without)
+
         loop = asyncio.get_running_loop()
         begun: asyncio.Future[None] = loop.create_future()
 

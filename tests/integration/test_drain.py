@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,12 +110,14 @@ def test_long_lived_connections_are_ended_one_by_one(
 
 def test_what_a_drain_did_is_counted(place: Deploys, address: str) -> None:
     """One line: answered, ended after an answer, idle, cut off."""
-    args = command("uvicorn", address, "--timeout-keep-alive", "1", NO_HANDOVER)
+    args = command("uvicorn", address, "--timeout-keep-alive", "8", NO_HANDOVER)
     old = up(place, args)
     with Connection(address) as idle, Connection(address) as unread:
-        assert idle.get().status == 200
+        new = place.start(args)
+        old.wait_for("asks for this instance's listeners")
+        assert idle.get().status == 200  # so that it is idle for long enough
         assert ask(address).status == 200
-        take_over(place, args)
+        new.wait_for(TOOK_OVER)
         old.wait_for("Stopped accepting")
         unread.send(request())
         assert unread.answer().closes
@@ -231,6 +234,8 @@ def test_the_record_of_a_failure(place: Deploys, address: str) -> None:
     old.wait_for("asks for this instance's listeners", count=2)
     killed.signal(signal.SIGKILL)
     old.wait_for(f"pid {killed.pid} ended before it had taken over")
-    record = json.loads((path.parent / f"handover-{killed.pid}.json").read_text())
-    assert record["outcome"] == "failed"
+    deadline = time.monotonic() + 30  # the line in the log comes before the record
+    while record["outcome"] != "failed" or record["child"]["pid"] != killed.pid:
+        assert time.monotonic() < deadline
+        record = json.loads((path.parent / f"handover-{killed.pid}.json").read_text())
     assert re.search("ended before it had taken over", record["parent"]["reason"])

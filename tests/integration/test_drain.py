@@ -7,12 +7,11 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_port
+from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
 from tests.integration.raw import Connection, ask, request
 
 HANDSHAKE = (
@@ -22,17 +21,6 @@ HANDSHAKE = (
 RESTART = (1012).to_bytes(2, "big")  # Service Restart, the IANA registry of close codes
 NO_HANDOVER = "--no-connection-handover"
 SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
-
-
-@pytest.fixture
-def place() -> Iterator[Deploys]:
-    with Deploys() as found:
-        yield found
-
-
-@pytest.fixture
-def address() -> str:
-    return f"127.0.0.1:{free_port()}"
 
 
 def up(place: Deploys, args: list[str], **env: str) -> Instance:

@@ -12,7 +12,6 @@ import select
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,12 +54,6 @@ PARENT = [
     ("pidfd_open", 1),
     ("recvmsg", 3),  # the word to go
 ]
-
-
-@pytest.fixture
-def place() -> Iterator[Deploys]:
-    with Deploys() as found:
-        yield found
 
 
 def injected(args: list[str], where: Path, calls: str, what: str, when: int) -> list[str]:

@@ -8,7 +8,6 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,6 @@ from tests.integration.gunicorns import (
     workers_of,
 )
 from tests.integration.raw import Connection, ask, request
-
-
-@pytest.fixture
-def place() -> Iterator[Deploys]:
-    with Deploys() as found:
-        yield found
-
-
-@pytest.fixture
-def address() -> str:
-    return f"127.0.0.1:{free_port()}"
 
 
 @pytest.mark.smoke

@@ -10,7 +10,6 @@ import socket
 import ssl
 import struct
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,18 +34,6 @@ from tests.integration.gunicorns import (
     workers_of,
 )
 from tests.integration.raw import ask
-
-
-@pytest.fixture
-def place() -> Iterator[Deploys]:
-    with Deploys() as found:
-        yield found
-
-
-@pytest.fixture
-def address() -> str:
-    return f"127.0.0.1:{free_port()}"
-
 
 EVERY_HOOK = """
 import sys

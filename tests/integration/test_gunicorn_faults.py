@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,18 +29,6 @@ from tests.integration.gunicorns import (
     workers_of,
 )
 from tests.integration.raw import Connection, ask
-
-
-@pytest.fixture
-def place() -> Iterator[Deploys]:
-    with Deploys() as found:
-        yield found
-
-
-@pytest.fixture
-def address() -> str:
-    return f"127.0.0.1:{free_port()}"
-
 
 pytestmark = pytest.mark.faults
 

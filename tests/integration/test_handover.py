@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,6 @@ from tests.integration.raw import Connection, ask, request
 STOPPED = "Stopped accepting"
 QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 LONG = ("--timeout-keep-alive", "60")
-
-
-@pytest.fixture
-def place() -> Iterator[Deploys]:
-    with Deploys() as found:
-        yield found
-
-
-@pytest.fixture
-def address() -> str:
-    return f"127.0.0.1:{free_port()}"
 
 
 def start(place: Deploys, args: list[str], *texts: str, **env: str) -> Instance:

@@ -12,7 +12,6 @@ import ssl
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,17 +25,6 @@ STOPPED = "Stopped accepting"
 ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 NO_HANDOVER = "--no-connection-handover"
-
-
-@pytest.fixture
-def place() -> Iterator[Deploys]:
-    with Deploys() as found:
-        yield found
-
-
-@pytest.fixture
-def address() -> str:
-    return f"127.0.0.1:{free_port()}"
 
 
 def up(place: Deploys, args: list[str], **env: str) -> Instance:

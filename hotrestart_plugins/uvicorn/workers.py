@@ -183,7 +183,9 @@ class Supervisor(Multiprocess):
 
     def terminate_all(self) -> None:
         """As uvicorn's. No copy of a listener stays open meanwhile that nobody would accept on."""
-        self._status = self._conductor.stop()
+        # uvicorn's own look at its workers may come before the end of their link is heard.
+        failed = (one.pid for one in self.processes if one.exitcode == multiprocess.STARTUP_FAILURE)
+        self._status = self._conductor.stop(next(failed, None))
         for one in self.sockets:
             one.close()
         self._takeover.close(crashed=self._status != 0)
@@ -241,9 +243,12 @@ class Conductor:
         """A worker process was started."""
         self._loop.call_soon_threadsafe(self._add, process)
 
-    def stop(self) -> int:
-        """Stop listening; the status to exit with."""
-        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+    def stop(self, failed: int | None) -> int:
+        """Stop listening; the status to exit with.
+
+        `failed`: the pid of a worker because of which uvicorn stops, if one could not start.
+        """
+        asyncio.run_coroutine_threadsafe(self._finish(failed), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -254,9 +259,11 @@ class Conductor:
     def _begin(self) -> None:
         self._booting = asyncio.ensure_future(self._boot())
 
-    async def _finish(self) -> None:
+    async def _finish(self, failed: int | None) -> None:
         if self._booting is not None:
             self._booting.cancel()
+        if failed is not None and not self._status:
+            self._fail(NotReady(f"worker {failed} ended before it was ready, see above"))
         if self._succession is not None:
             self._succession.stop()
         for process in list(self._said):
@@ -328,8 +335,9 @@ class Conductor:
         self._takeover.failed(error)
         self._status = error.status
         self._supervisor.should_exit.set()
-        for process in self._said:
-            process.process.kill()  # a worker that hangs in its import heeds no SIGTERM
+        for process, said in self._said.items():
+            if READY not in said:
+                process.process.kill()  # a worker that hangs in its import heeds no SIGTERM
 
     # -- Serving, for the succession -----------------------------------------------------------
 

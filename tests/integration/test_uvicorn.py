@@ -152,6 +152,22 @@ def test_a_drain_ends_at_its_timeout(place: Deploys, address: str) -> None:
 # -- what goes wrong -------------------------------------------------------------------------------
 
 
+def test_a_worker_that_cannot_be_started_anew_ends_the_instance_loudly(
+    place: Deploys, address: str, tmp_path: Path
+) -> None:
+    """The app breaks while it is served: uvicorn ends, by itself with 0; here the status says so,
+    however soon uvicorn's own look at its workers comes."""
+    app = tmp_path / "breaks.py"
+    app.write_text("from app import app\n")
+    args = command("uvicorn4", address)
+    args[args.index("app:app")] = "breaks:app"
+    instance = up(place, args, PYTHONPATH=str(tmp_path))
+    app.write_text("import os\nos.environ['DEMO_FAIL'] = 'lifespan'\nfrom app import app\n")
+    os.kill(ask(address).pid, signal.SIGKILL)
+    assert instance.wait() == 3, instance.log
+    assert "ended before it was ready, see above" in instance.log
+
+
 @ONE_OR_MORE
 @pytest.mark.parametrize("fault", ["import", "lifespan", "hang"])
 def test_a_child_that_fails_changes_nothing(

@@ -184,7 +184,7 @@ class Supervisor(Multiprocess):
     def terminate_all(self) -> None:
         """As uvicorn's. No copy of a listener stays open meanwhile that nobody would accept on."""
         # uvicorn's own look at its workers may come before the end of their link is heard.
-        failed = (one.pid for one in self.processes if one.exitcode == multiprocess.STARTUP_FAILURE)
+        failed = (one.pid for one in self.processes if one.exitcode == NotReady.status)
         self._status = self._conductor.stop(next(failed, None))
         for one in self.sockets:
             one.close()

@@ -25,7 +25,8 @@ def options() -> str:
     for option in OPTIONS:
         default = DEFAULTS[option.field]
         shown = f"{default:g}" if isinstance(default, float) else ""
-        flag = f"`{option.flag}{' ' + option.metavar if option.metavar else ''}`"
+        metavar = f" {option.metavar}" if option.metavar else ""
+        flag = f"`{option.flag}{metavar}`" if option.uvicorn else ""
         config = f"`{option.config}`" if option.gunicorn else ""
         lines.append(f"| {flag} | `{option.env}` | {config} | {shown} | {option.help} |")
     return "\n".join(lines)

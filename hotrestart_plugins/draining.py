@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -28,9 +29,10 @@ from uvicorn.server import ServerState
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.connections import Successor
-from hotrestart_plugins.endings import Endings, Tally, ask_to_leave, is_idle
+from hotrestart_plugins.endings import Endings, ask_to_leave, is_idle
 from hotrestart_plugins.moving import Mover, Receiver, movable
 from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.tally import Tally
 
 CLOSE = (b"connection", b"close")
 _LOOK = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
@@ -110,11 +112,13 @@ class DrainingServer(uvicorn.Server):
         """Accept nothing from now on; what was accepted is kept, and closed after its answer.
 
         With a `successor`, connections go to it between two messages instead. Duplicates of the
-        listeners stay open, so that `resume` can accept on them again.
+        listeners stay open, so that `resume` can accept on them again. A stop that follows without
+        a `drain` waits for what is open, `drain_timeout` from now at most.
         """
         if self.paused or not self.started:
             return
         self.paused = True
+        self._drain_deadline = time.monotonic() + self.drain_timeout
         loop = asyncio.get_running_loop()
         kept = [socket.socket(fileno=os.dup(one.fileno())) for one in self._listeners]
         for one in kept:
@@ -152,8 +156,9 @@ class DrainingServer(uvicorn.Server):
         self.paused = False
         if self._mover is not None:
             self._mover.close()
-            self._mover = None
-        self._endings = None
+        if self._endings is not None:
+            self.tally = self._endings.tally(self._moved, cut=False)
+        self._mover = self._endings = None
         drain.clear()
         self.config.encoded_headers = _without_close(self.config.encoded_headers)
         # A list of its own: responses under way keep theirs, and close.
@@ -181,9 +186,15 @@ class DrainingServer(uvicorn.Server):
             ask_to_leave(connection, CLOSE)
 
     def take_in(self, path: Path) -> None:
-        """Listen at `path` for the connections of the instance that this one takes over from."""
+        """Listen at `path` for the connections of the instance that this one takes over from.
+
+        Where that cannot be, they stay there and are closed after their next answer.
+        """
         if movable(self.config):
-            self._receiver = Receiver(path, self._protocol)
+            try:
+                self._receiver = Receiver(path, self._protocol)
+            except OSError as error:
+                logger.info("No connections are taken in at %s: %s", path, error)
 
     # -- draining ------------------------------------------------------------------------------
 
@@ -207,8 +218,12 @@ class DrainingServer(uvicorn.Server):
                     if is_idle(connection):
                         connection.shutdown()
             await asyncio.sleep(_LOOK)
-        self.tally = endings.tally(self._mover.moved if self._mover else frozenset())
+        self.tally = endings.tally(self._moved)
         return not self._open()
+
+    @property
+    def _moved(self) -> AbstractSet[Any]:
+        return self._mover.moved if self._mover is not None else frozenset()
 
     def _open(self) -> int:
         return len(self.server_state.connections) + len(self.server_state.tasks)

@@ -1,67 +1,19 @@
-"""How the connections of a draining uvicorn server end, and the account of it."""
+"""How the connections of a draining uvicorn server end."""
 
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from uvicorn.server import ServerState
+
+from hotrestart_plugins.tally import Tally
 
 SPREAD = 0.2  # the last part of a drain, over which long-lived connections are ended
 MOST_SPREAD = 10.0  # seconds; a longer one helps no client
 
 _MOST_STREAM = 2**31 - 1  # a GOAWAY that only says 'no new ones, please', RFC 9113 section 6.8
 _EVENT_STREAM = b"text/event-stream"
-
-
-@dataclass
-class Tally:
-    """What a drain did, in connections unless it says otherwise."""
-
-    requests: int = 0
-    """Requests answered since it began."""
-    finished: int = 0
-    """Closed after an answer."""
-    moved: int = 0
-    """Handed over to the successor."""
-    idle: int = 0
-    """Closed without a further request, by the client or by the keep-alive timeout."""
-    websockets: int = 0
-    """WebSockets closed with 1012."""
-    streams: int = 0
-    """Event streams brought to their end."""
-    cut_requests: int = 0
-    """Requests under way when the time was over."""
-    cut_websockets: int = 0
-    cut_idle: int = 0
-    cut_tasks: int = 0
-    """Background tasks, likewise."""
-
-    def __add__(self, other: Tally) -> Tally:
-        """The sum, of several workers."""
-        mine, theirs = asdict(self), asdict(other)
-        return Tally(**{name: mine[name] + theirs[name] for name in mine})
-
-    @property
-    def cut(self) -> int:
-        """All that was cut off."""
-        return self.cut_requests + self.cut_websockets + self.cut_idle + self.cut_tasks
-
-    def cut_text(self) -> str:
-        """What was cut off, in words."""
-        return (
-            f"cutting off {self.cut_requests} requests, {self.cut_websockets} WebSockets, "
-            f"{self.cut_idle} idle connections, {self.cut_tasks} background tasks"
-        )
-
-    def __str__(self) -> str:
-        ended = self.finished + self.idle + self.websockets + self.streams
-        return (
-            f"{self.requests} requests answered while draining; {self.moved} connections handed "
-            f"over, {ended} ended ({self.finished} after an answer, {self.idle} idle, "
-            f"{self.websockets} WebSockets, {self.streams} event streams), {self.cut} cut off"
-        )
 
 
 def is_websocket(connection: Any) -> bool:
@@ -130,8 +82,8 @@ class Endings:
         await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
         cycle.disconnected = True  # what the app sends until it has heard goes nowhere, silently
 
-    def tally(self, moved: AbstractSet[Any] = frozenset()) -> Tally:
-        """The account, as of now, less what was `moved`; what is open counts as cut off."""
+    def tally(self, moved: AbstractSet[Any] = frozenset(), *, cut: bool = True) -> Tally:
+        """The account, as of now, less what was `moved`; `cut`: what is open is cut off."""
         tally = Tally(websockets=self._tally.websockets, streams=self._tally.streams)
         tally.moved = len(moved)
         tally.requests = self._state.total_requests - self._requests
@@ -142,6 +94,8 @@ class Endings:
                 tally.idle += 1
             else:
                 tally.finished += 1
+        if not cut:
+            return tally
         for one in self._state.connections:
             if is_websocket(one):
                 tally.cut_websockets += one not in self.ended

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import importlib
 import inspect
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING
 
 from hotrestart_plugins.errors import ConfigurationError, NotReady
 from hotrestart_plugins.settings import Settings
+
+if TYPE_CHECKING:
+    import asyncio
 
 _HEAD = 65536  # bytes in which the status line must end
 
@@ -39,6 +43,8 @@ class Probe:
 
     async def run(self, protocol_factory: Callable[[], asyncio.Protocol]) -> None:
         """Ask; `protocol_factory` makes the server's side of a connection. Raises NotReady."""
+        import asyncio  # noqa: PLC0415 (plain workers have no use for it, and start without)
+
         try:
             await asyncio.wait_for(self._run(protocol_factory), self._seconds)
         except asyncio.TimeoutError:
@@ -49,24 +55,59 @@ class Probe:
     async def _run(self, protocol_factory: Callable[[], asyncio.Protocol]) -> None:
         if self.what.startswith("/"):
             await self._request(protocol_factory)
-        else:
-            await self._call()
+            return
+        with self._blamed():
+            result = self._function()()
+            self._judge(await result if inspect.isawaitable(result) else result)
 
-    async def _call(self) -> None:
-        module, _, function = self.what.partition(":")
-        try:
-            result = getattr(importlib.import_module(module), function)()
+    def run_plain(self, ask: Callable[[bytes], int]) -> None:
+        """The same without a loop; `ask` has a request answered and returns the status.
+
+        Raises NotReady. Takes what time it takes: who waits for this process keeps the deadline.
+        """
+        with self._blamed():
+            if self.what.startswith("/"):
+                self._judge_status(ask(self._asked()))
+                return
+            result = self._function()()
             if inspect.isawaitable(result):
-                result = await result
+                import asyncio  # noqa: PLC0415 (as above)
+
+                result = asyncio.run(_completed(result))
+            self._judge(result)
+
+    def _function(self) -> Callable[[], object]:
+        module, _, name = self.what.partition(":")
+        found: Callable[[], object] = getattr(importlib.import_module(module), name)
+        return found
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        try:
+            yield
+        except NotReady:
+            raise
         except Exception as error:
             raise NotReady(
                 f"the probe {self.what} failed: {type(error).__name__}: {error}"
             ) from error
+
+    def _judge(self, result: object) -> None:
         if result is False:
             raise NotReady(f"the probe {self.what} said no")
 
+    def _judge_status(self, status: int) -> None:
+        if not 200 <= status < 400:
+            raise NotReady(f"the probe {self.what} was answered with {status or 'nothing'}")
+
+    def _asked(self) -> bytes:
+        head = f"GET {self.what} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"
+        return f"{head}User-Agent: hotrestart-probe\r\nAccept: */*\r\n\r\n".encode()
+
     async def _request(self, protocol_factory: Callable[[], asyncio.Protocol]) -> None:
         """Over a connection that never was in a listener: that one the parent may answer."""
+        import asyncio  # noqa: PLC0415 (as above)
+
         theirs, ours = socket.socketpair()
         for end in (theirs, ours):
             end.setblocking(False)
@@ -74,12 +115,13 @@ class Probe:
         transport, _ = await loop.connect_accepted_socket(protocol_factory, theirs)
         reader, writer = await asyncio.open_connection(sock=ours, limit=_HEAD)
         try:
-            head = f"GET {self.what} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"
-            writer.write(f"{head}User-Agent: hotrestart-probe\r\nAccept: */*\r\n\r\n".encode())
+            writer.write(self._asked())
             line = (await reader.readline()).decode("latin-1").split()
         finally:
             writer.close()
             transport.close()
-        status = int(line[1]) if len(line) > 1 and line[1].isdigit() else 0
-        if not 200 <= status < 400:
-            raise NotReady(f"the probe {self.what} was answered with {status or 'nothing'}")
+        self._judge_status(int(line[1]) if len(line) > 1 and line[1].isdigit() else 0)
+
+
+async def _completed(awaitable: Awaitable[object]) -> object:
+    return await awaitable

@@ -324,6 +324,16 @@ class HotRestart:
         self._forget(addr)
         self._held[addr] = held
 
+    def drop(self, addr: str) -> None:
+        """No longer hand this listener on; its path goes if no other instance has the listener.
+
+        The caller's own descriptor stays the caller's.
+        """
+        held = self._held.get(addr)
+        if held is not None and held.claim is not None and self._is_last(addr):
+            held.claim.release()
+        self._forget(addr)
+
     def _forget(self, name: str) -> None:
         held = self._held.pop(name, None)
         if held is not None:

@@ -66,7 +66,7 @@ class Option:
     field: str
     """The name in `Settings` and of the keyword argument."""
     flag: str
-    """On the command line of hotrestart-uvicorn."""
+    """On the command line of hotrestart-uvicorn, if it is one of uvicorn's."""
     key: str
     """Behind HOTRESTART_ in the environment; in lower case behind hotrestart_ in a gunicorn config
     file."""
@@ -78,6 +78,8 @@ class Option:
     metavar: str = ""
     gunicorn: bool = True
     """False for what gunicorn has an option of its own for, or has not."""
+    uvicorn: bool = True
+    """False for what uvicorn has not."""
 
     @property
     def env(self) -> str:
@@ -166,7 +168,6 @@ OPTIONS = (
         "Ask the app this before this instance is ready: a path that must answer with 2xx or 3xx, "
         "or a function that must not fail.",
         "PATH|MODULE:FUNCTION",
-        gunicorn=False,
     ),
     Option(
         "no_handover",
@@ -176,7 +177,16 @@ OPTIONS = (
         "1 or 0",
         "Do not hand kept-alive connections over to the next instance: each is answered once more, "
         "with Connection: close.",
-        gunicorn=False,
+    ),
+    Option(
+        "manual_usr2",
+        "",
+        "MANUAL_USR2",
+        _switch,
+        "1 or 0",
+        "SIGUSR2 starts a second master beside the first, as gunicorn does by itself, and the rest "
+        "is left to further signals; else it starts the next instance, which takes over.",
+        uvicorn=False,
     ),
     Option(
         "disable",
@@ -201,6 +211,7 @@ class Settings:
     rollback_window: float = 10.0
     probe: str = ""
     no_handover: bool = False
+    manual_usr2: bool = False
     disable: bool = False
 
     @classmethod

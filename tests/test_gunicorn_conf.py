@@ -17,7 +17,14 @@ from hotrestart_plugins.errors import ConfigurationError
 from hotrestart_plugins.gunicorn import arbiter, hooks
 from hotrestart_plugins.settings import OPTIONS
 
-OURS = ("nworkers_changed", "on_starting", "post_fork", "post_worker_init", "on_exit")
+OURS = (
+    "nworkers_changed",
+    "on_starting",
+    "post_fork",
+    "post_worker_init",
+    "worker_exit",
+    "on_exit",
+)
 IMPORT = "from hotrestart_plugins.gunicorn import install\n"
 CALL = "install(globals())\n"
 

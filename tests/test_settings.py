@@ -57,7 +57,7 @@ def test_the_table_is_complete() -> None:
     """Every setting has its row, and every row its setting, a flag, an environment name, a help."""
     assert set(BY_FIELD) == set(DEFAULTS)
     for option in OPTIONS:
-        assert option.flag.startswith("--")
+        assert option.flag.startswith("--") == option.uvicorn
         assert option.env.startswith("HOTRESTART_")
         assert option.config == option.env.lower()
         assert option.help.endswith(".")

@@ -1,8 +1,8 @@
 """gunicorn's master: how it takes over, and what becomes of it if it cannot.
 
 gunicorn calls, in this order: `configured` (also on HUP, TTIN, TTOU), `starting`, in each worker
-`forked` and `initialised`, at the end `exiting`. In between, everything that happens to the master
-comes through its signal queue to `Instance.wake`.
+`forked`, `initialised` and `worker_exiting`, at the end `exiting`. In between, everything that
+happens to the master comes through its signal queue to `Instance.wake`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import atexit
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
+from hotrestart_plugins import address as addresses
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
 from hotrestart_plugins.gunicorn import workers
 from hotrestart_plugins.gunicorn.channel import Channel, Report
@@ -26,7 +29,9 @@ from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.succession import Succession
 from hotrestart_plugins.gunicorn.wakeup import Wakeups, forget_in_worker
+from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.protocol import HotRestart, Role
+from hotrestart_plugins.record import Record
 from hotrestart_plugins.rendezvous import default_directory
 from hotrestart_plugins.settings import OPTIONS, Settings
 
@@ -67,6 +72,12 @@ def initialised() -> None:
         _instance.worker.initialised()
 
 
+def worker_exiting(worker: Any) -> None:
+    """In a worker that ends; gunicorn calls the hook in the master, too, for one that is lost."""
+    if _instance is not None and _instance.worker is not None and worker.pid == os.getpid():
+        _instance.worker.exiting()
+
+
 def exiting(server: Any, reason: BaseException | None) -> None:
     """The master has stopped its workers and is about to exit, because of `reason`."""
     if _instance is not None and _instance.server is server:
@@ -80,21 +91,21 @@ def _participant(server: Any, settings: Callable[[], Settings]) -> Instance | No
         if chosen.disable:
             return None
         if "GUNICORN_PID" in os.environ:
-            server.log.warning(
-                "Started by USR2 from pid %s: this instance takes part in no hot restart",
-                os.environ["GUNICORN_PID"],
-            )
-            return None
-        if chosen.probe:
-            raise ConfigurationError(
-                f"hotrestart_probe = {chosen.probe!r}: gunicorn's workers are not probed, leave it "
-                "out; they are ready when the app is loaded and its lifespan has started"
-            )
+            if chosen.manual_usr2:
+                server.log.warning(
+                    "Started by USR2 from pid %s: this instance takes part in no hot restart "
+                    "(hotrestart_manual_usr2)",
+                    os.environ["GUNICORN_PID"],
+                )
+                return None
+            _be_on_ones_own(server.log)
         if server.cfg.reuse_port:
             raise ConfigurationError(
                 "reuse_port and hot restart do not go together, because a worker's own listener "
                 "cannot be handed over: leave one out (hotrestart_disable = True is the other's)"
             )
+        if chosen.probe:
+            Probe.of(chosen, "")  # a bad one is refused here, not in each worker
         if chosen.directory is None and _no_place(server.cfg):
             server.log.warning(
                 "Port 0 names no place to meet: this instance cannot be replaced "
@@ -102,9 +113,24 @@ def _participant(server: Any, settings: Callable[[], Settings]) -> Instance | No
             )
             return None
     except ConfigurationError as error:
-        server.log.error("%s", error)  # noqa: TRY400  # one line: the user's to mend
+        server.log.error("%s", _in_gunicorns_words(str(error)))  # noqa: TRY400  # one line: the user's to mend
         sys.exit(EX_CONFIG)
     return Instance(server, chosen)
+
+
+def _be_on_ones_own(log: Any) -> None:
+    """After USR2: be an instance like any other, which asks for its listeners.
+
+    What gunicorn has passed on in its own way is closed.
+    """
+    log.info("Started by USR2 from pid %s", os.environ.pop("GUNICORN_PID"))
+    for number in os.environ.pop("GUNICORN_FD", "").split(","):
+        with contextlib.suppress(OSError, ValueError):
+            passed_on = socket.socket(fileno=int(number))
+            if addresses.is_listening(passed_on):
+                passed_on.close()
+            else:
+                passed_on.detach()
 
 
 def _no_place(cfg: Any) -> bool:
@@ -125,6 +151,9 @@ class Instance:
         self._identity = Identity(server)
         self._identity.withhold()
         self._hot: HotRestart | None = None
+        self._directory = Path()
+        self._record: Record | None = None
+        self._listeners: Listeners | None = None
         self._channel: Channel | None = None
         self._wakeups: Wakeups | None = None
         self._succession: Succession | None = None
@@ -138,6 +167,8 @@ class Instance:
     def reconfigured(self, settings: Callable[[], Settings]) -> None:
         """After HUP, with a new config; after TTIN and TTOU, with the one there was."""
         self._own_name()
+        if self._listeners is not None and self._hot is not None:
+            self._listeners.changed(self._hot)
         if self._succession is None:
             self._identity.withhold()
             return
@@ -159,12 +190,17 @@ class Instance:
         # USR2, which would hand on what may not be ours yet.
         server.reexec_pid = -1
         try:
-            listeners = Listeners(server)
-            directory = self.settings.directory or default_directory(listeners.addresses[0])
-            hot.initialize(directory, len(listeners.addresses))
+            self._listeners = listeners = Listeners(server)
+            self._directory = self.settings.directory or default_directory(listeners.addresses[0])
+            if hot.initialize(self._directory, len(listeners.addresses)) is Role.CHILD:
+                self._record = Record(self._directory, self._pid, "child", self.log)
+                self._record.begin()
             server.LISTENERS = listeners.open(hot)
         except HotRestartError as error:
             self._fail(error)
+        if self._record is not None:
+            bound = [name for name in hot.listeners if name not in hot.inherited]
+            self._record.note("listeners inherited", inherited=sorted(hot.inherited), bound=bound)
         for name in sorted(hot.inherited):
             self.log.info("Inherited %s from pid %s", name, hot.parent_pid)
         self._identity.check_pidfile(hot.parent_pid if hot.role is Role.CHILD else 0)
@@ -196,6 +232,8 @@ class Instance:
 
     def _complain(self, why: str) -> None:
         hot = self._hot
+        if self._record is not None:
+            self._record.note(outcome="failed", reason=why)
         if hot is not None and hot.role is Role.CHILD:
             self.log.error(
                 "Hot restart failed: %s; the running instance (pid %s) serves on",
@@ -256,6 +294,8 @@ class Instance:
 
     def _stopping(self, original: Callable[[], None]) -> None:
         self._no_way_back()  # INT and QUIT stop the workers before they raise
+        if self._succession is not None:
+            self._succession.stopping()
         original()
 
     def _changing(self, original: Callable[[], None], name: str) -> None:
@@ -279,7 +319,7 @@ class Instance:
         with self._keeping_paths():
             reap()
             reports = self._channel.reports()
-            self._ready |= {pid for what, pid in reports if what is Report.READY}
+            self._ready |= {one.pid for one in reports if one.what is Report.READY}
             gone = before - self.server.WORKERS.keys()
             if self._succession is None:
                 self._give_up_for(gone - self._ready)
@@ -318,12 +358,16 @@ class Instance:
         assert hot is not None and self._channel is not None  # noqa: S101, PT018
         assert self._wakeups is not None  # noqa: S101
         replaces = hot.role is Role.CHILD
+        if self._record is not None:
+            self._record.note("ready")
         try:
             identity.write_pidfile()
             hot.ready()
         except (HotRestartError, OSError) as error:
             identity.restore_pidfile()
             raise HaltServer(_in_gunicorns_words(str(error)), _status_of(error)) from error
+        if self._record is not None:
+            self._record.note(outcome="taken over")
         identity.release()
         server.reexec_pid = 0
         self._succession = Succession(
@@ -332,6 +376,7 @@ class Instance:
             channel=self._channel,
             wakeups=self._wakeups,
             identity=identity,
+            directory=self._directory,
             settings=self.settings,
         )
         self._succession.begin(replaces=replaces)
@@ -343,7 +388,13 @@ class Instance:
         atexit.unregister(self._left_behind)
         if self._channel is not None:
             forget_in_worker()
-            self.worker = workers.WorkerSide(worker, self._channel, self.settings)
+            self.worker = workers.WorkerSide(
+                worker,
+                self._channel,
+                self.settings,
+                self._directory,
+                takes_in=self._succession is None and self._record is not None,
+            )
             self.worker.forked()
 
     # -- the end -------------------------------------------------------------------------------
@@ -353,9 +404,13 @@ class Instance:
         failed = isinstance(reason, HaltServer) and reason.exit_status != 0
         if self._hot is not None and self._hot.role in (Role.CHILD, Role.FIRST):
             if failed:
-                self._complain(str(getattr(reason, "reason", reason)))
+                why = str(getattr(reason, "reason", reason))
+                # gunicorn's own reasons are sentences that explain nothing.
+                self._complain(f"{why[:-1]}, see above" if why.endswith(".") else why)
             elif self._hot.role is Role.CHILD:
                 self._complain("it was stopped before it had taken over")
+        if self._succession is not None and self._channel is not None:
+            self._succession.ended(self._channel.reports())
         self._close(crashed=failed)
 
     def _close(self, *, crashed: bool) -> None:
@@ -382,5 +437,6 @@ def _status_of(error: Exception) -> int:
 def _in_gunicorns_words(text: str) -> str:
     """The message with the names that the options have in a gunicorn config file."""
     for option in OPTIONS:
-        text = text.replace(option.flag, option.config)
+        if option.flag:
+            text = text.replace(option.flag, option.config)
     return text

@@ -7,15 +7,26 @@ that raises EAGAIN in place of the real one stops them between two instructions,
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
+import signal
+import socket
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
-from typing import Any, NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from gunicorn import http
 from gunicorn.glogging import Logger
+from gunicorn.http import wsgi
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.tally import Tally
+
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
 
@@ -26,6 +37,9 @@ class SyncGate:
     def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
         self._worker = worker
         self._done = done
+        self._closing = Closing(worker)
+        self._paused = False
+        self._telling = allocate_lock()
 
     def ready(self) -> None:
         """Nothing to do."""
@@ -34,23 +48,49 @@ class SyncGate:
         """The signal has woken select() through the worker's pipe, and leads it to these."""
         _refuse(self._worker.sockets)
         self._worker.wait_fds = [self._worker.PIPE[0]]
+        self._closing.begin()
+        self._tell_app(paused=True)
         self._done(Report.PAUSED)
 
     def resume(self) -> None:
         """The same the other way round."""
         _accept(self._worker.sockets)
         self._worker.wait_fds = [*self._worker.sockets, self._worker.PIPE[0]]
+        self._closing.end()
+        self._tell_app(paused=False)
         self._done(Report.RESUMED)
+
+    def _tell_app(self, *, paused: bool) -> None:
+        # From a thread: the signal may have interrupted the app in the midst of what `drain`, or
+        # `threading`, guards with its locks.
+        self._paused = paused
+        start_new_thread(self._set_drain, ())
+
+    def _set_drain(self) -> None:
+        with self._telling:
+            (drain.set if self._paused else drain.clear)()
+
+    def tally(self) -> Tally:
+        """Whoever ends is done with its only connection; who is killed says nothing."""
+        return Tally(requests=self._closing.answers, finished=self._closing.answers)
 
 
 class ThreadGate:
     """The gthread worker: its main thread accepts, and the loop there counts connections."""
 
-    def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
+    def __init__(self, worker: Any, side: WorkerSide) -> None:
         self._worker = worker
-        self._done = done
+        self._side = side
         self._limit = worker.worker_connections
         self._closing = Closing(worker)
+        self._open = 0
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.siginterrupt(signal.SIGTERM, False)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        """As gunicorn's; a stop after a pause has what is left of the drain."""
+        self._worker.cfg.set("graceful_timeout", self._side.seconds_left)
+        self._worker.handle_exit(number, frame)
 
     def ready(self) -> None:
         """Nothing to do."""
@@ -58,16 +98,30 @@ class ThreadGate:
     def pause(self) -> None:
         """Have the loop find that it has too many connections, and leave the listeners alone."""
         _refuse(self._worker.sockets)
+        self._open = self._worker.nr_conns
         self._closing.begin()
         self._set_limit(_NO_CONNECTIONS, drain.set)
-        self._done(Report.PAUSED)
+        # gunicorn's stop would close what waits for its next request after two seconds.
+        self._worker._cap_keepalive = _nothing  # noqa: SLF001
+        self._side.done(Report.PAUSED)
 
     def resume(self) -> None:
         """The same the other way round."""
         _accept(self._worker.sockets)
         self._closing.end()
         self._set_limit(self._limit, drain.clear)
-        self._done(Report.RESUMED)
+        del self._worker._cap_keepalive  # noqa: SLF001
+        self._side.done(Report.RESUMED)
+
+    def tally(self) -> Tally:
+        """By the number of connections, and of answers: each but the first of one closes it."""
+        left, answers = self._worker.nr_conns, self._closing.answers
+        parked = len(self._worker.keepalived_conns) + len(self._worker.pending_conns)
+        tally = Tally(requests=answers, cut_idle=parked, cut_requests=max(0, left - parked))
+        ended = max(0, self._open - left)
+        tally.finished = min(answers, ended)
+        tally.idle = ended - tally.finished
+        return tally
 
     def _set_limit(self, limit: int, tell: Callable[[], None]) -> None:
         self._worker.worker_connections = limit
@@ -77,26 +131,40 @@ class ThreadGate:
 
 
 class Closing:
-    """Has gunicorn answer with ``Connection: close`` while that is on, by a `pre_request` hook."""
+    """Has gunicorn answer with ``Connection: close`` while that is on, and counts the answers.
+
+    By gunicorn's `pre_request` and `post_request` hooks, around the user's own.
+    """
 
     def __init__(self, worker: Any) -> None:
         self._cfg = worker.cfg
         self._users = worker.cfg.pre_request
+        self._users_after = worker.cfg.post_request
         self._idle = _does_nothing(worker)
         self._on = False
+        # Its next() is atomic: requests come in many threads.
+        self._begun = self._answered = itertools.count(1)
+        self.requests = 0
+        """That have come since it was begun."""
+        self.answers = 0
+        """That were given since, by workers that look the second hook up for each request."""
 
     def attach(self) -> None:
-        """Put the hook in, for workers that look it up once for each connection."""
+        """Put the first hook in, for workers that look it up once for each connection."""
         self._cfg.set("pre_request", self._hook())
 
     def begin(self) -> None:
         """From now on."""
         self._on = True
+        self._begun, self._answered = itertools.count(1), itertools.count(1)
+        self.requests = self.answers = 0
         self.attach()
+        self._cfg.set("post_request", self._after())
 
     def end(self, *, detach: bool = True) -> None:
         """No longer; `detach` takes the hook out as well."""
         self._on = False
+        self._cfg.set("post_request", self._users_after)
         if detach:
             self._cfg.set("pre_request", self._users)
 
@@ -105,9 +173,39 @@ class Closing:
             if not self._idle:
                 self._users(worker, req)
             if self._on:
+                self.requests = next(self._begun)
                 req.must_close = True
 
         return pre_request
+
+    def _after(self) -> Callable[[Any, Any, Any, Any], None]:
+        def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
+            self.answers = next(self._answered)
+            self._users_after(worker, req, environ, resp)
+
+        return post_request
+
+
+def answer(worker: Any, request: bytes) -> int:
+    """The status with which the worker's WSGI app answers; what it says goes nowhere."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(request)
+        client, server = ("127.0.0.1", 0), worker.sockets[0].getsockname()
+        parsed = next(http.get_parser(worker.cfg, theirs, client))
+        response, environ = wsgi.create(parsed, theirs, client, server, worker.cfg)
+        body = worker.wsgi(environ, response.start_response)
+        try:
+            for _ in body:
+                pass
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+        return int(response.status_code or 0)
+
+
+def _nothing(_deadline: float) -> None:
+    """In the place of what must not happen."""
 
 
 def _does_nothing(worker: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Between the arbiter and its workers: a pipe for their reports, a byte for what they shall do.
+"""Between the arbiter and its workers: a pipe for their reports, a word for what they shall do.
 
 Made before the first fork, and inherited. A worker of another uid can use both, where it could
 send no signal.
@@ -11,9 +11,15 @@ import enum
 import mmap
 import os
 import struct
+from dataclasses import astuple, fields
+from typing import NamedTuple
 
-_RECORD = struct.Struct("=ci")  # what, pid; shorter than PIPE_BUF, so written whole or not at all
+from hotrestart_plugins.tally import Tally
+
+# what, pid, the fields of a tally; shorter than PIPE_BUF, so written whole or not at all
+_RECORD = struct.Struct(f"=ci{len(fields(Tally))}I")
 _READ = _RECORD.size * 512
+_ORDER = struct.Struct("=?i")  # whether to pause; the pid of the successor that takes connections
 
 
 class Report(enum.Enum):
@@ -21,15 +27,24 @@ class Report(enum.Enum):
 
     READY = b"r"  # it has loaded the app and entered its loop
     PAUSED = b"p"  # it accepts nothing any more
-    RESUMED = b"a"  # it accepts again
+    RESUMED = b"a"  # it accepts again; with the account of its drain
+    ENDS = b"e"  # it was paused and ends; with the account of its drain
+
+
+class Message(NamedTuple):
+    """A worker's report."""
+
+    what: Report
+    pid: int
+    tally: Tally
 
 
 class Channel:
-    """Owns both ends of the pipe, in a worker only the one for writing; and the shared byte."""
+    """Owns both ends of the pipe, in a worker only the one for writing; and the shared word."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._flag = mmap.mmap(-1, 1)  # anonymous and shared
+        self._order = mmap.mmap(-1, _ORDER.size)  # anonymous and shared
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when a worker reports."""
@@ -38,18 +53,24 @@ class Channel:
     @property
     def paused(self) -> bool:
         """Whether workers shall not accept."""
-        return self._flag[0] != 0
+        return bool(_ORDER.unpack(self._order[:])[0])
 
-    @paused.setter
-    def paused(self, value: bool) -> None:
-        self._flag[0] = int(value)
+    @property
+    def successor(self) -> int:
+        """The pid of the master whose workers take in what was accepted; 0: none does."""
+        return int(_ORDER.unpack(self._order[:])[1])
 
-    def reports(self) -> list[tuple[Report, int]]:
-        """What the workers have reported since, with their pids."""
-        found: list[tuple[Report, int]] = []
+    def order(self, *, paused: bool, successor: int = 0) -> None:
+        """From the arbiter: what workers shall do from their next look on."""
+        self._order[:] = _ORDER.pack(paused, successor)
+
+    def reports(self) -> list[Message]:
+        """What the workers have reported since."""
+        found: list[Message] = []
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._read, _READ):
-                found += [(Report(what), pid) for what, pid in _RECORD.iter_unpack(data)]
+                for what, pid, *counts in _RECORD.iter_unpack(data):
+                    found.append(Message(Report(what), pid, Tally(*counts)))
         return found
 
     def forked(self) -> None:
@@ -58,10 +79,11 @@ class Channel:
             os.close(self._read)
             self._read = -1
 
-    def report(self, what: Report) -> None:
+    def report(self, what: Report, tally: Tally | None = None) -> None:
         """From a worker. If the arbiter is gone, nobody needs to know."""
+        counts = astuple(tally or Tally())
         with contextlib.suppress(OSError):
-            os.write(self._write, _RECORD.pack(what.value, os.getpid()))
+            os.write(self._write, _RECORD.pack(what.value, os.getpid(), *counts))
 
     def close(self) -> None:
         """Close what is open."""

@@ -154,6 +154,16 @@ def _post_worker_init(users: Hook, _: object) -> Hook:
     return post_worker_init
 
 
+def _worker_exit(users: Hook, _: object) -> Hook:
+    def worker_exit(server: Any, worker: Any) -> None:
+        try:
+            users(server, worker)
+        finally:
+            arbiter.worker_exiting(worker)
+
+    return worker_exit
+
+
 def _on_exit(users: Hook, _: object) -> Hook:
     def on_exit(server: Any) -> None:
         reason = sys.exc_info()[1]  # halt() runs while it handles the exception that caused it
@@ -170,5 +180,6 @@ _HOOKS: dict[str, Callable[[Hook, Callable[[], Settings]], Hook]] = {
     "on_starting": _on_starting,
     "post_fork": _post_fork,
     "post_worker_init": _post_worker_init,
+    "worker_exit": _worker_exit,
     "on_exit": _on_exit,
 }

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gunicorn import sock as gunicorn_sock
@@ -14,7 +14,7 @@ from gunicorn import systemd, util
 
 from hotrestart_plugins import address as addresses
 from hotrestart_plugins.address import Address
-from hotrestart_plugins.errors import AddressError, ConfigurationError
+from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
 from hotrestart_plugins.protocol import HotRestart
 
 
@@ -26,6 +26,7 @@ class Listeners:
 
         Takes systemd's descriptors out of the environment, as gunicorn would.
         """
+        self._server = server
         self._cfg, self._log = server.cfg, server.log
         given = [bind for bind in self._cfg.address if isinstance(bind, int)]
         count = systemd.listen_fds()
@@ -49,7 +50,9 @@ class Listeners:
         Where descriptors are given, by ``fd://`` or systemd, gunicorn binds nothing else.
         """
         check_tls(self._cfg)
-        return self._adopt(hot) if self._given else self._listen(hot)
+        if self._given:
+            return self._adopt(hot)
+        return self._listen(hot, list(zip(self._cfg.address, self.addresses, strict=True)))
 
     def _adopt(self, hot: HotRestart) -> list[Any]:
         made: list[Any] = gunicorn_sock.create_sockets(self._cfg, self._log, self._systemd)
@@ -57,13 +60,55 @@ class Listeners:
             hot.adopt(one.sock)
         return made
 
-    def _listen(self, hot: HotRestart) -> list[Any]:
+    def changed(self, hot: HotRestart) -> None:
+        """After HUP: bind what is new, drop what is gone, and touch nothing else.
+
+        gunicorn, which follows, would bind all of it anew, and end because it is still in use.
+        What cannot be bound is said, and nothing changes then.
+        """
+        server = self._server
+        before, self._cfg = self._cfg, server.cfg
+        if self._cfg.address == before.address:
+            return
+        try:
+            if self._given or any(isinstance(bind, int) for bind in self._cfg.address):
+                raise ConfigurationError("descriptors that were passed in cannot be changed by HUP")
+            wanted = [address_of(bind) for bind in self._cfg.address]
+            had = dict(zip((one.name for one in self.addresses), server.LISTENERS, strict=True))
+            new = [
+                (bind, one)
+                for bind, one in zip(self._cfg.address, wanted, strict=True)
+                if one.name not in had
+            ]
+            made = self._listen(hot, new)
+        except HotRestartError as error:
+            self._log.error("%s; the addresses stay as they were", error)
+            self._cfg.set("bind", before.settings["bind"].get())
+            return
+        bound = {one.name: sock for (_, one), sock in zip(new, made, strict=True)}
+        for name in had.keys() - {one.name for one in wanted}:
+            hot.drop(name)
+        self.addresses = wanted
+        # gunicorn closes the listeners that there were, and asks for those that are to be.
+        now = [bound.get(one.name) or had.pop(one.name) for one in wanted]
+        server.LISTENERS = list(had.values())
+        original = gunicorn_sock.create_sockets
+
+        def create_sockets(*_: Any) -> list[Any]:
+            gunicorn_sock.create_sockets = original
+            return now
+
+        gunicorn_sock.create_sockets = create_sockets
+
+    def _listen(self, hot: HotRestart, wanted: Sequence[tuple[Any, Address]]) -> list[Any]:
         with _umask(self._cfg.umask):
             found = hot.listen(
-                self.addresses, backlog=self._cfg.backlog, mode=0o777 & ~self._cfg.umask
+                [one for _, one in wanted],
+                backlog=self._cfg.backlog,
+                mode=0o777 & ~self._cfg.umask,
             )
         made: list[Any] = []
-        for bind, address, sock in zip(self._cfg.address, self.addresses, found, strict=True):
+        for (bind, address), sock in zip(wanted, found, strict=True):
             if address.path is not None and address.name not in hot.inherited:
                 util.chown(address.path, self._cfg.uid, self._cfg.gid)
             kind = _class_of(address.family)

@@ -12,18 +12,23 @@ import math
 import os
 import signal
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hotrestart_plugins.gunicorn import workers
-from hotrestart_plugins.gunicorn.channel import Channel, Report
+from hotrestart_plugins.gunicorn.channel import Channel, Message, Report
 from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.wakeup import Wakeups
 from hotrestart_plugins.protocol import After, HotRestart, Role
+from hotrestart_plugins.record import Record
 from hotrestart_plugins.settings import Settings
+from hotrestart_plugins.tally import Tally
 
 _LOOK = 0.25  # seconds between two looks at the child, while there is one: a pidfd sends no SIGIO
 _CONTROL_DELAY = 1.0  # seconds in which the replaced instance stops its control server
 _NO_WINDOW = 1.0  # seconds that workers have to stop accepting before they are stopped
+_WIND_UP = 1  # seconds that a worker may take beyond the drain
 _MOST_BATCHES = 16  # of datagrams in one step, so that a flood cannot starve the arbiter
 
 
@@ -46,9 +51,12 @@ class Succession:
         channel: Channel,
         wakeups: Wakeups,
         identity: Identity,
+        directory: Path,
         settings: Settings,
     ) -> None:
+        """`directory`: the meeting directory."""
         self.settings = settings
+        self._directory = directory
         self._server = server
         self._hot = hot
         self._channel = channel
@@ -61,6 +69,9 @@ class Succession:
         self._awaited: set[int] = set()
         self._paused_at = 0.0
         self._workers_before = 0
+        self._tally = Tally()
+        self._unheard: set[int] = set()
+        self._record: Record | None = None
 
     def begin(self, *, replaces: bool) -> None:
         """`hot` is ready: answer from now on."""
@@ -82,7 +93,7 @@ class Succession:
         """Whether a child has been given listeners."""
         return self._hot.child is not None
 
-    def step(self, reports: list[tuple[Report, int]], ready: set[int]) -> None:
+    def step(self, reports: list[Message], ready: set[int]) -> None:
         """Look at everything. Raises StopIteration when it is time to leave, as gunicorn does."""
         self._ready = ready
         self._answer()
@@ -117,7 +128,11 @@ class Succession:
             return
         self._wakeups.never("child")
         after = self._hot.child_ended()
-        if after is After.LEAVE:
+        if after is After.NOTHING:
+            Record(self._directory, child.pid, "parent", self._log).note(
+                outcome="failed", reason="the child ended before it had taken over"
+            )
+        elif after is After.LEAVE:
             self._leave()
         elif after is After.RESUME:
             self._resume()
@@ -133,7 +148,16 @@ class Succession:
         self._workers_before = self._server.num_workers
         self._wakeups.never("control")
         self._identity.stop_control()
-        self._channel.paused = True
+        child = self._hot.child
+        self._tally = Tally()
+        self._record = None
+        if child is not None:
+            self._record = Record(self._directory, child.pid, "parent", self._log)
+            self._record.note(given=sorted(child.given))
+        takes_connections = child is not None and not self.settings.no_handover
+        self._channel.order(
+            paused=True, successor=child.pid if child is not None and takes_connections else 0
+        )
         self._awaited = set(self._ready)
         self._signal(self._ready)
         if not workers.kind_of(self._server.worker_class):
@@ -154,25 +178,34 @@ class Succession:
                 os.kill(pid, signal.SIGUSR2)
         self._signalled |= pids
 
-    def _count(self, reports: list[tuple[Report, int]]) -> None:
+    def _count(self, reports: list[Message]) -> None:
+        for one in reports:
+            self._tally += one.tally
         if not self._awaited:
             return
         wanted = Report.PAUSED if self._phase is Phase.PAUSED else Report.RESUMED
-        self._awaited -= {pid for what, pid in reports if what is wanted}
+        self._awaited -= {one.pid for one in reports if one.what is wanted}
         self._awaited &= self._server.WORKERS.keys()
-        if not self._awaited:
-            if wanted is Report.RESUMED:
-                self._log.info("Accepting again")
-                return
-            self._log.info("Stopped accepting; draining")
-            if not self.settings.rollback_window:
-                self._leave()
+        if self._awaited:
+            return
+        if wanted is Report.RESUMED:
+            self._note("accepting again", outcome="rolled back", tally=asdict(self._tally))
+            self._log.info("Accepting again")
+            return
+        self._note("stopped accepting")
+        self._log.info("Stopped accepting; draining")
+        if not self.settings.rollback_window:
+            self._leave()
+
+    def _note(self, step: str, **facts: Any) -> None:
+        if self._record is not None:
+            self._record.note(step, **facts)
 
     def _resume(self) -> None:
         """The new instance has crashed: the workers that there are serve again."""
         self._phase = Phase.SERVING
         self._wakeups.never("window")
-        self._channel.paused = False
+        self._channel.order(paused=False)
         self._awaited, self._signalled = set(self._ready), set()
         self._signal(self._ready)
         self._signalled.clear()
@@ -196,9 +229,31 @@ class Succession:
 
     def _leave(self) -> None:
         """Stop as gunicorn stops on SIGTERM, with the time that is left for the drain."""
-        self._phase = Phase.LEAVING
+        self.stopping()
         self._hot.stand_down()
         self._wakeups.close()
-        left = self._paused_at + self.settings.drain_timeout - time.monotonic()
-        self._server.cfg.set("graceful_timeout", max(1, math.ceil(left)))
         raise StopIteration
+
+    def stopping(self) -> None:
+        """The workers are about to be stopped."""
+        if self._phase is not Phase.PAUSED:
+            return
+        self._phase = Phase.LEAVING
+        # The workers keep the time themselves; who is still there later is killed.
+        left = self._paused_at + self.settings.drain_timeout - time.monotonic()
+        self._server.cfg.set("graceful_timeout", max(1, math.ceil(left)) + _WIND_UP)
+        self._unheard = set(self._server.WORKERS)
+
+    def ended(self, reports: list[Message]) -> None:
+        """The workers have ended; their last reports."""
+        if self._phase is not Phase.LEAVING:
+            return
+        for one in reports:
+            self._tally += one.tally
+            self._unheard.discard(one.pid)
+        # A killed worker was in the midst of a request, of one at least.
+        self._tally.cut_requests += len(self._unheard)
+        if self._tally.cut:
+            self._log.warning("The drain timeout is over: %s", self._tally.cut_text())
+        self._log.info("Drained: %s; leaving", self._tally)
+        self._note("drained", tally=asdict(self._tally))

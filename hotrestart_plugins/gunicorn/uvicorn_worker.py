@@ -6,21 +6,27 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from hotrestart_plugins.draining import DrainingServer
+from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.tally import Tally
+
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 
 class UvicornGate:
     """Has the worker use a `DrainingServer`, and tells that one when to pause."""
 
-    def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
+    def __init__(self, worker: Any, side: WorkerSide) -> None:
         self._worker = worker
-        self._done = done
+        self._side = side
         self._server: DrainingServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wanted = False
@@ -37,6 +43,8 @@ class UvicornGate:
 
             def __init__(self, config: uvicorn.Config) -> None:
                 super().__init__(config)
+                self.drain_timeout = gate._side.settings.drain_timeout
+                self.probe = Probe.of(gate._side.settings, "localhost")
                 gate._server = self
                 gate._loop = asyncio.get_running_loop()
 
@@ -44,12 +52,14 @@ class UvicornGate:
                 """As uvicorn's. uvloop closes a descriptor twice that is not a plain socket's."""
                 await super().serve([getattr(one, "sock", one) for one in sockets or ()])
 
-            async def shutdown(self, sockets: list[Any] | None = None) -> None:
-                """As a `DrainingServer`'s; after a pause, what is open still has its time."""
-                timeout = self.config.timeout_graceful_shutdown
-                if self.paused and timeout is not None:
-                    await self.drain(timeout)
-                await super().shutdown(sockets)
+            async def startup(self, sockets: list[Any] | None = None) -> None:
+                """As a `DrainingServer`'s; then take in what the old instance hands over."""
+                try:
+                    await super().startup(sockets)
+                except NotReady as error:
+                    gate._side.fail(error)
+                if self.started and gate._side.inlet is not None:
+                    self.take_in(gate._side.inlet)
 
             async def on_tick(self, counter: int) -> bool:
                 """As uvicorn's; and a worker whose master was killed goes, too."""
@@ -72,14 +82,15 @@ class UvicornGate:
 
     def pause(self) -> None:
         """From a signal handler: what follows is the loop's."""
-        # gunicorn's own timeout was set to that of the drain just before.
-        self._worker.config.timeout_graceful_shutdown = self._worker.cfg.graceful_timeout
         self._want(paused=True)
 
     def resume(self) -> None:
         """The same."""
-        self._worker.config.timeout_graceful_shutdown = self._worker.cfg.graceful_timeout
         self._want(paused=False)
+
+    def tally(self) -> Tally:
+        """The server's."""
+        return self._server.tally if self._server is not None else Tally()
 
     def _want(self, *, paused: bool) -> None:
         self._wanted = paused
@@ -94,11 +105,11 @@ class UvicornGate:
         server = self._server
         while server is not None and server.started and self._wanted != server.paused:
             if self._wanted:
-                await server.pause()
-                self._done(Report.PAUSED)
+                await server.pause(self._side.successor)
+                self._side.done(Report.PAUSED)
             else:
                 await server.resume()
-                self._done(Report.RESUMED)
+                self._side.done(Report.RESUMED)
 
 
 def _replace_server(worker_class: type, replacement: type[DrainingServer]) -> None:

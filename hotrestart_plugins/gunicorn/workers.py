@@ -1,19 +1,27 @@
 """A worker's side: it says when it is ready, stops accepting when told, and accepts again.
 
-A worker that is ready looks at the channel's byte whenever SIGUSR2 comes, which gunicorn's workers
+A worker that is ready looks at the channel's word whenever SIGUSR2 comes, which gunicorn's workers
 do not use. How to stop accepting is each worker class's own affair: a `Gate` for each.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import signal
-from collections.abc import Callable
+import sys
+import time
+from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
+from hotrestart_plugins.connections import Successor, path_of
+from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.channel import Channel, Report
 from hotrestart_plugins.gunicorn.wakeup import forget_in_worker
+from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.settings import Settings
+from hotrestart_plugins.tally import Tally
 
 _KINDS = {
     "gunicorn.workers.sync.SyncWorker": "sync",
@@ -22,6 +30,8 @@ _KINDS = {
     "uvicorn_worker._workers.UvicornWorker": "uvicorn",
     "uvicorn.workers.UvicornWorker": "uvicorn",
 }
+
+_WITH_A_LOOP = ("asgi", "uvicorn")
 
 
 def kind_of(worker_class: type) -> str:
@@ -42,18 +52,26 @@ class Gate(Protocol):
     def resume(self) -> None:
         """Accept again; call back when that is so."""
 
+    def tally(self) -> Tally:
+        """What has become, since the last pause, of what was open then."""
+
 
 class WorkerSide:
     """This worker process, as seen from the arbiter."""
 
-    def __init__(self, worker: Any, channel: Channel, settings: Settings) -> None:
+    def __init__(
+        self, worker: Any, channel: Channel, settings: Settings, directory: Path, *, takes_in: bool
+    ) -> None:
+        """`directory`: the meeting directory. `takes_in`: its instance is taking over."""
+        self.settings = settings
         self._worker = worker
         self._channel = channel
-        self._settings = settings
+        self._directory = directory
+        self._takes_in = takes_in and not settings.no_handover
         self._gate: Gate | None = None
         self._paused = False
         self._looking = False
-        self._graceful = worker.cfg.graceful_timeout
+        self._drain_ends = 0.0
 
     def forked(self) -> None:
         """First of all in the new process: keep only what is a worker's."""
@@ -63,8 +81,20 @@ class WorkerSide:
         self._worker.notify = self._first_notify
 
     def initialised(self) -> None:
-        """The app is loaded; the loop, if there is one, does not run yet."""
-        self._gate = _gate(kind_of(type(self._worker)), self._worker, self._done)
+        """The app is loaded; the loop, if there is one, does not run yet.
+
+        Exits if the app fails the probe, where that can be asked without a loop.
+        """
+        kind = kind_of(type(self._worker))
+        probe = Probe.of(self.settings, "localhost")
+        if probe is not None and kind not in _WITH_A_LOOP:
+            from hotrestart_plugins.gunicorn.blocking import answer  # noqa: PLC0415
+
+            try:
+                probe.run_plain(lambda request: answer(self._worker, request))
+            except NotReady as error:
+                self.fail(error)
+        self._gate = _gate(kind, self._worker, self)
         if self._gate is not None:
             # One handler for all: signal.signal works under every event loop, because each has
             # a wakeup descriptor, and the gates that need the loop's thread go there.
@@ -80,7 +110,7 @@ class WorkerSide:
         self._look()
 
     def _look(self, _number: int = 0, _frame: FrameType | None = None) -> None:
-        """Do what the channel's byte says."""
+        """Do what the channel's word says."""
         if self._gate is None or self._looking:
             return  # a second signal has come while the first is followed: it looks again
         self._looking = True
@@ -93,34 +123,65 @@ class WorkerSide:
 
     def _follow(self, gate: Gate) -> None:
         if self._paused:
-            # For gunicorn's own stop, which may follow: the arbiter keeps the exact time.
-            drain = max(1, round(self._settings.drain_timeout))
-            self._worker.cfg.set("graceful_timeout", drain)
+            self._drain_ends = time.monotonic() + self.settings.drain_timeout
             gate.pause()
         else:
-            self._worker.cfg.set("graceful_timeout", self._graceful)
             gate.resume()
 
-    def _done(self, what: Report) -> None:
-        self._channel.report(what)
+    def fail(self, error: NotReady) -> NoReturn:
+        """End before this worker has served, in the way that ends gunicorn's master, too."""
+        self._worker.log.error("%s", error)
+        sys.exit(error.status)  # gunicorn's WORKER_BOOT_ERROR
+
+    # -- for the gates -------------------------------------------------------------------------
+
+    def done(self, what: Report) -> None:
+        """The gate has paused, or resumed."""
+        tally = self._gate.tally() if self._gate is not None and what is Report.RESUMED else None
+        self._channel.report(what, tally)
+
+    @property
+    def seconds_left(self) -> int:
+        """That a stop may take: of the drain since the pause, or what gunicorn was told."""
+        if not self._paused:
+            return int(self._worker.cfg.graceful_timeout)
+        return max(0, math.floor(self._drain_ends - time.monotonic()))
+
+    @property
+    def inlet(self) -> Path | None:
+        """Where this worker is to take in the connections of the old instance's; None: nowhere."""
+        if not self._takes_in:
+            return None
+        return path_of(Successor(self._directory, self._worker.ppid), os.getpid())
+
+    @property
+    def successor(self) -> Successor | None:
+        """Whose workers take in this one's connections; None: nobody's."""
+        pid = self._channel.successor
+        return Successor(self._directory, pid) if pid else None
+
+    def exiting(self) -> None:
+        """This worker ends."""
+        if self._gate is not None and self._paused:
+            self._channel.report(Report.ENDS, self._gate.tally())
 
 
-def _gate(kind: str, worker: Any, done: Callable[[Report], None]) -> Gate | None:
+def _gate(kind: str, worker: Any, side: WorkerSide) -> Gate | None:
     # Imported where they are needed: a worker of one class has no use for another's libraries.
     if kind == "sync":
         from hotrestart_plugins.gunicorn.blocking import SyncGate  # noqa: PLC0415
 
-        return SyncGate(worker, done)
+        return SyncGate(worker, side.done)
     if kind == "gthread":
         from hotrestart_plugins.gunicorn.blocking import ThreadGate  # noqa: PLC0415
 
-        return ThreadGate(worker, done)
+        return ThreadGate(worker, side)
     if kind == "asgi":
         from hotrestart_plugins.gunicorn.asgi import AsgiGate  # noqa: PLC0415
 
-        return AsgiGate(worker, done)
+        return AsgiGate(worker, side)
     if kind == "uvicorn":
         from hotrestart_plugins.gunicorn.uvicorn_worker import UvicornGate  # noqa: PLC0415
 
-        return UvicornGate(worker, done)
+        return UvicornGate(worker, side)
     return None

@@ -22,6 +22,8 @@ _EPILOG = (
     "work), and the running one serves on."
 )
 
+_OPTIONS = [option for option in OPTIONS if option.uvicorn]
+
 
 def _parameter(option: Option) -> click.Option:
     default = DEFAULTS[option.field]
@@ -41,7 +43,7 @@ def _command() -> click.Command:
     theirs: click.Command = _theirs.main
     return click.Command(
         name="hotrestart-uvicorn",
-        params=[*theirs.params, *(_parameter(option) for option in OPTIONS)],
+        params=[*theirs.params, *(_parameter(option) for option in _OPTIONS)],
         callback=_called,
         context_settings=theirs.context_settings,
         epilog=_EPILOG,
@@ -49,7 +51,7 @@ def _command() -> click.Command:
 
 
 def _called(**parameters: Any) -> None:
-    given = {option.field: parameters.pop(option.field) or None for option in OPTIONS}
+    given = {option.field: parameters.pop(option.field) or None for option in _OPTIONS}
 
     def ours(app: Any, **options: Any) -> None:
         try:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from hotrestart_plugins.connections import Successor
-from hotrestart_plugins.endings import Tally
 from hotrestart_plugins.protocol import After, HotRestart, Role
 from hotrestart_plugins.record import Record
 from hotrestart_plugins.settings import Settings
+from hotrestart_plugins.tally import Tally
 
 logger = logging.getLogger("uvicorn.error")
 

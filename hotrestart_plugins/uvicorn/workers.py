@@ -26,10 +26,10 @@ from uvicorn.supervisors import Multiprocess, multiprocess
 
 from hotrestart_plugins.connections import Successor, path_of
 from hotrestart_plugins.draining import DrainingServer
-from hotrestart_plugins.endings import Tally
 from hotrestart_plugins.errors import HotRestartError, NotReady
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.settings import Settings
+from hotrestart_plugins.tally import Tally
 from hotrestart_plugins.uvicorn.succession import Succession
 from hotrestart_plugins.uvicorn.takeover import Takeover
 

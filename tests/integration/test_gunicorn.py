@@ -79,7 +79,7 @@ def test_what_is_open_is_answered_once_more(place: Deploys, address: str, worker
     """Accepted and unread, half read, idle, and under way: each is answered by the old instance,
     the last answer says that the connection closes, and only then it does."""
     args = gunicorn(worker, address, "-w", "1", "--keep-alive", "30")
-    old = up(place, args, **WINDOW)
+    old = up(place, args, **WINDOW, HOTRESTART_NO_CONNECTION_HANDOVER="1")
     with contextlib.ExitStack() as stack:
         unread, half, idle, busy = (stack.enter_context(Connection(address)) for _ in range(4))
         half.send(request()[:20])

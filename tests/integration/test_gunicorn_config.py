@@ -150,10 +150,10 @@ def test_disabled(place: Deploys, address: str) -> None:
     assert not (place.directory / "meet").exists()
 
 
-def test_usr2_is_gunicorns_own(place: Deploys, address: str) -> None:
+def test_usr2_can_be_gunicorns_own(place: Deploys, address: str) -> None:
     """It works as without us, and says that its child takes part in no hot restart."""
     args = gunicorn("sync", address, "-w", "1")
-    parent = up(place, args)
+    parent = up(place, args, HOTRESTART_MANUAL_USR2="1")
     parent.signal(signal.SIGUSR2)
     parent.wait_for(f"Started by USR2 from pid {parent.pid}")
     parent.wait_for("Booting worker with pid", count=2)

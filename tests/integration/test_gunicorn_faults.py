@@ -271,7 +271,7 @@ def test_the_address_is_taken_by_somebody_else(place: Deploys) -> None:
     [
         ("hotrestart_drian_timeout = 7", "hotrestart_drian_timeout is no option"),
         ("hotrestart_drain_timeout = 'soon'", "hotrestart_drain_timeout: 'soon' is not"),
-        ("hotrestart_probe = '/health'", "hotrestart_probe"),
+        ("hotrestart_probe = 'health'", "hotrestart_probe: 'health' is neither /path nor"),
         ("reuse_port = True", "reuse_port and hot restart do not go together"),
         ("certfile = '/none.pem'", 'certfile "/none.pem" does not exist'),
         ("bind = 'fd://77'", "descriptor 77 is no socket"),

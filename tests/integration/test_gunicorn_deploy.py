@@ -1,0 +1,276 @@
+"""What a deploy under gunicorn is made of: the probe, USR2, the record, connections that move."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo_app.deploys import TOOK_OVER, Deploys, Instance, free_port
+from demo_app.load import LoadProcess, Mix
+from tests.integration.gunicorns import (
+    EACH_WORKER,
+    INSTALL,
+    QUICK,
+    STOPPED,
+    WINDOW,
+    gunicorn,
+    only_line,
+    own_config,
+    start,
+    successor,
+    up,
+)
+from tests.integration.raw import Connection, ask
+
+
+def record_of(place: Deploys, child: Instance | int) -> dict[str, Any]:
+    pid = child if isinstance(child, int) else child.pid
+    found = (place.directory / "meet" / f"handover-{pid}.json").read_text()
+    record: dict[str, Any] = json.loads(found)
+    return record
+
+
+def steps_of(record: dict[str, Any]) -> list[tuple[int, str]]:
+    return [(step["by"], step["step"]) for step in record["steps"]]
+
+
+def begin_upload(connection: Connection) -> None:
+    """Have a request under way for sure: the app waits for five bytes."""
+    head = b"POST /upload HTTP/1.1\r\nHost: demo\r\nContent-Length: 5\r\n"
+    connection.send(head + b"Expect: 100-continue\r\n\r\n")
+    wanted = b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert connection.sock.recv(len(wanted), socket.MSG_WAITALL) == wanted
+
+
+# -- the record ------------------------------------------------------------------------------------
+
+
+@EACH_WORKER
+def test_the_record_of_a_takeover(place: Deploys, address: str, worker: str) -> None:
+    """Both pids, what went over, each step; how many requests were answered while draining."""
+    args = gunicorn(worker, address, "-w", "1")
+    old = up(place, args, **WINDOW, HOTRESTART_NO_CONNECTION_HANDOVER="1")
+    with Connection(address) as busy:
+        begin_upload(busy)
+        new = start(place, args, **QUICK)
+        new.wait_for(TOOK_OVER)
+        if worker != "sync":  # one that waits for its client cannot say so
+            old.wait_for(STOPPED)
+        busy.send(b"hello")
+        assert busy.answer().status == 200
+        old.wait_for(STOPPED)
+    old.signal(signal.SIGTERM)
+    assert old.wait() == 0, old.log
+    record = record_of(place, new)
+    assert record["outcome"] == "taken over"
+    assert record["child"] == {"pid": new.pid, "inherited": [address], "bound": []}
+    assert (record["parent"]["pid"], record["parent"]["given"]) == (old.pid, [address])
+    assert steps_of(record) == [
+        (new.pid, "started"),
+        (new.pid, "listeners inherited"),
+        (new.pid, "ready"),
+        (old.pid, "stopped accepting"),
+        (old.pid, "drained"),
+    ]
+    tally = record["parent"]["tally"]
+    assert tally["cut_requests"] == 0
+    if worker != "sync":
+        assert (tally["requests"], tally["finished"]) == (1, 1)
+        only_line(old.log, "Drained: 1 requests answered while draining")
+
+
+@EACH_WORKER
+def test_what_the_drain_cuts_off_is_counted(place: Deploys, address: str, worker: str) -> None:
+    """At warning level, and in the record; within its time, not gunicorn's."""
+    args = gunicorn(worker, address, "-w", "1")
+    old = up(place, args, HOTRESTART_DRAIN_TIMEOUT="1")
+    with Connection(address) as busy:
+        begin_upload(busy)
+        new = start(place, args, **QUICK)
+        new.wait_for(TOOK_OVER)
+        assert old.wait() == 0, old.log
+    assert "WARNING" in old.log.partition("The drain timeout is over: cutting off 1 requests")[0]
+    assert record_of(place, new)["parent"]["tally"]["cut_requests"] == 1
+
+
+@pytest.mark.parametrize("worker", ["gthread", "asgi"])
+def test_the_record_of_a_failure_and_of_a_rollback(
+    place: Deploys, address: str, worker: str
+) -> None:
+    """Whoever is left says what has become of it."""
+    args = gunicorn(worker, address, "-w", "1")
+    parent = up(place, args, **WINDOW)
+    failed = start(place, args, DEMO_FAIL="import", **QUICK)
+    assert failed.wait() != 0
+    record = record_of(place, failed)
+    assert record["outcome"] == "failed"
+    child = start(place, args, **WINDOW)
+    child.wait_for(TOOK_OVER)
+    parent.wait_for(STOPPED)
+    child.signal(signal.SIGKILL)
+    parent.wait_for("Accepting again")
+    ask(address)
+    record = record_of(place, child)
+    assert record["outcome"] == "rolled back"
+    assert steps_of(record)[-1] == (parent.pid, "accepting again")
+
+
+# -- the probe -------------------------------------------------------------------------------------
+
+
+@EACH_WORKER
+@pytest.mark.parametrize(
+    ("probe", "said"),
+    [
+        ("/", ""),
+        ("/nowhere", "the probe /nowhere was answered with 404"),
+        ("checks:sick", "the probe checks:sick failed: ValueError: too old a schema"),
+        ("checks:no", "the probe checks:no said no"),
+    ],
+)
+def test_a_probe_is_asked_before_the_takeover(
+    place: Deploys, address: str, tmp_path: Path, *, worker: str, probe: str, said: str
+) -> None:
+    """A sick child exits with 3 and says what it was asked, having accepted nothing."""
+    (tmp_path / "checks.py").write_text(
+        "def sick(): raise ValueError('too old a schema')\nasync def no(): return False\n"
+    )
+    args = gunicorn(worker, address, "-w", "1")
+    old = up(place, args)
+    new = start(place, args, **QUICK, HOTRESTART_PROBE=probe, PYTHONPATH=str(tmp_path))
+    if said:
+        assert new.wait() == 3, new.log
+        assert said in new.log
+        assert "Traceback" not in new.log
+        assert old.owns(ask(address).pid)
+    else:
+        new.wait_for(TOOK_OVER)
+        assert old.wait() == 0, old.log
+        assert new.owns(ask(address).pid)
+
+
+def test_a_probe_of_an_app_without_a_lifespan(place: Deploys, address: str) -> None:
+    """gunicorn's asgi worker may be told to have none."""
+    args = gunicorn("asgi", address, "-w", "1", "--asgi-lifespan", "off")
+    old = up(place, args, HOTRESTART_PROBE="/")
+    sick = start(place, args, **QUICK, HOTRESTART_PROBE="/nowhere")
+    assert sick.wait() == 3, sick.log
+    assert "the probe /nowhere was answered with 404" in sick.log
+    successor(place, old, args, HOTRESTART_PROBE="/")
+
+
+# -- USR2 and HUP ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("worker", ["gthread", "asgi"])
+def test_usr2_is_the_whole_deploy(
+    place: Deploys, address: str, tmp_path: Path, worker: str
+) -> None:
+    """The next master takes over by the same path, twice in a row; no request fails, the pid file
+    names who serves, and the one before has gone."""
+    pid_file = tmp_path / "pid"
+    args = gunicorn(worker, address, "--pid", str(pid_file))
+    first = up(place, args)
+    pids = [first.pid]
+    with LoadProcess(address, Mix(one_shot=8, keep_alive=8)) as load:
+        load.wait(answers=50)
+        for number in (1, 2):
+            os.kill(pids[-1], signal.SIGUSR2)
+            # All of them write to the log of the first.
+            first.wait_for(TOOK_OVER, count=number)
+            first.wait_for("; leaving", count=number)
+            pids.append(int(pid_file.read_text()))
+            load.wait(answers=50)
+        report = load.stop()
+    assert len(set(pids)) == 3
+    assert not report.failures, report
+    assert first.wait() == 0, first.log
+    assert first.owns(ask(address).pid)
+    assert record_of(place, pids[2])["parent"]["pid"] == pids[1]
+
+
+def test_a_usr2_that_fails_changes_nothing(place: Deploys, address: str, tmp_path: Path) -> None:
+    """The code on disk is broken: the one that serves serves on, and the next USR2 works."""
+    app = tmp_path / "changing.py"
+    app.write_text("from wsgi import app\n")
+    args = ["changing:app" if arg == "wsgi:app" else arg for arg in gunicorn("gthread", address)]
+    parent = up(place, args, PYTHONPATH=str(tmp_path))
+    app.write_text("raise RuntimeError('broken on disk')\n")
+    parent.signal(signal.SIGUSR2)
+    parent.wait_for("Hot restart failed")
+    parent.wait_for("ended before it had taken over")
+    assert ask(address).status == 200
+    app.write_text("from wsgi import app  # mended\n")
+    parent.signal(signal.SIGUSR2)
+    parent.wait_for(TOOK_OVER)
+    assert parent.wait() == 0, parent.log
+    assert ask(address).status == 200
+
+
+def test_hup_with_other_addresses(place: Deploys, tmp_path: Path) -> None:
+    """What is new is bound, what is gone is closed, what stays refuses nobody; and the next
+    instance takes all of it over."""
+    stays, goes, comes = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    path, config = tmp_path / "app.sock", tmp_path / "some.conf.py"
+    config.write_text(f"bind = [{goes!r}, {stays!r}, 'unix:{path}']\n{INSTALL}")
+    args = own_config("gthread", stays, config)
+    del args[args.index("-b") : args.index("-b") + 2]
+    parent = up(place, args)
+    with LoadProcess(stays, Mix(one_shot=8, keep_alive=8)) as load:
+        load.wait(answers=50)
+        config.write_text(f"bind = [{stays!r}, {comes!r}]\n{INSTALL}")
+        parent.signal(signal.SIGHUP)
+        parent.wait_for("Booting worker with pid", count=4)
+        parent.wait_for("Worker exiting", count=2)
+        load.wait(answers=50)
+        assert ask(comes).status == 200
+        with pytest.raises(ConnectionRefusedError):
+            ask(goes)
+        assert not path.exists()
+        child = successor(place, parent, args)
+        load.wait(answers=50)
+        report = load.stop()
+    assert not report.failures, report
+    assert child.owns(ask(comes).pid)
+
+
+def test_hup_with_an_address_that_cannot_be_bound(place: Deploys, tmp_path: Path) -> None:
+    """It is said, and the addresses stay as they were; gunicorn alone would end."""
+    first, taken = f"127.0.0.1:{free_port()}", tmp_path / "no" / "such" / "place"
+    config = tmp_path / "some.conf.py"
+    config.write_text(f"bind = {first!r}\n{INSTALL}")
+    args = own_config("gthread", first, config)
+    del args[args.index("-b") : args.index("-b") + 2]
+    parent = up(place, args)
+    config.write_text(f"bind = [{first!r}, 'unix:{taken}']\n{INSTALL}")
+    parent.signal(signal.SIGHUP)
+    parent.wait_for("the addresses stay as they were")
+    parent.wait_for("Booting worker with pid", count=4)
+    assert ask(first).status == 200
+    config.write_text(f"bind = {first!r}\n{INSTALL}")
+    successor(place, parent, args)
+
+
+# -- connections move ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("worker", ["uvicorn"])
+def test_no_client_reconnects(place: Deploys, address: str, worker: str) -> None:
+    """In takeovers in a row every request is answered, on the connection that the client had."""
+    args = gunicorn(worker, address, "--keep-alive", "60")
+    current = up(place, args)
+    with LoadProcess(address, Mix(keep_alive=32, slow=2, upload=2)) as load:
+        load.wait(answers=100)
+        for _ in range(3):
+            current = successor(place, current, args)
+            load.wait(answers=100)
+        report = load.stop()
+    assert not report.failures, report
+    assert (report.reconnects, report.closed_idle) == (0, 0), report
+    assert record_of(place, current)["parent"]["tally"]["moved"] > 0

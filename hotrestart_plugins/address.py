@@ -12,12 +12,12 @@ import os
 import re
 import socket
 import stat
-import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hotrestart_plugins import credentials
 from hotrestart_plugins.errors import AddressError
 
 MAX_UNIX_PATH = 107
@@ -28,7 +28,6 @@ DEFAULT_BACKLOG = 2048
 
 _HOST_PORT = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<host>[^:\[\]]*))(?::(?P<port>[0-9]{1,6}))?")
 _PROC_NET_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, proc(5)
-_UCRED = struct.Struct("=iII")  # struct ucred, unix(7)
 _SO_COOKIE = 57  # asm-generic/socket.h; the socket module does not name it
 
 
@@ -246,11 +245,7 @@ def _unix_holder(address: Address) -> int:
     ):
         probe.setblocking(False)
         probe.connect(address.sockaddr)
-        # The credentials of whoever called listen(2), unix(7) SO_PEERCRED.
-        pid, _uid, _gid = _UCRED.unpack(
-            probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        )
-        return int(pid)
+        return credentials.of_peer(probe).pid
     return 0
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -28,14 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from hotrestart_plugins.errors import MessageError, WrongPeer
+from hotrestart_plugins import credentials
+from hotrestart_plugins.errors import MessageError
 from hotrestart_plugins.transport import close_all
 
 MOST = 253
 """Descriptors that fit in one message: SCM_MAX_FD, unix(7)."""
 
 _NUMBER = struct.Struct("=I")
-_UCRED = struct.Struct("=iII")  # struct ucred, unix(7): pid, uid, gid
 _FD_SIZE = 4
 _BACKLOG = 64
 
@@ -109,10 +108,7 @@ def _socket() -> socket.socket:
 
 def check(channel: socket.socket) -> None:
     """Raise WrongPeer unless the kernel names this user or root as the other side."""
-    found = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, _gid = _UCRED.unpack(found)
-    if uid not in (0, os.geteuid()):
-        raise WrongPeer(f"pid {pid} runs as uid {uid}, not as {os.geteuid()} or root")
+    credentials.check(*credentials.of_peer(channel))
 
 
 def send(channel: socket.socket, number: int, batch: Sequence[tuple[int, Kind]]) -> None:

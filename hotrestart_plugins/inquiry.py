@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from hotrestart_plugins import address as addresses
+from hotrestart_plugins import credentials
 from hotrestart_plugins.address import Address
 from hotrestart_plugins.errors import (
     MessageError,
@@ -18,7 +19,6 @@ from hotrestart_plugins.errors import (
     WrongDescriptor,
     WrongPeer,
 )
-from hotrestart_plugins.peers import check_sender
 from hotrestart_plugins.rendezvous import Claim, MeetingPlace
 from hotrestart_plugins.transport import GONE, SLICE, Endpoint, Packet
 from hotrestart_plugins.wire import (
@@ -128,7 +128,7 @@ class Inquiry:
         try:
             if packet.fault:
                 raise WrongDescriptor(f"the answer of pid {pid} was {packet.fault}")
-            check_sender(packet.sender)
+            credentials.check(packet.sender.pid, packet.sender.uid)
             message = parse(packet.data)
             if not isinstance(message, PassFdResponse):
                 raise WrongPeer(f"pid {pid} answered with {message}")

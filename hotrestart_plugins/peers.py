@@ -1,4 +1,4 @@
-"""The other side: who may speak, the child that a parent watches, the listeners held for it."""
+"""The other side: the child that a parent watches, and the listeners held for it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import os
 import select
 from typing import Any, Protocol
 
-from hotrestart_plugins.errors import WrongPeer
 from hotrestart_plugins.rendezvous import Claim
-from hotrestart_plugins.transport import Sender
 
 
 def _unpatched_poll() -> Any:
@@ -46,12 +44,6 @@ class Logger(Protocol):
 
     def error(self, msg: str, *args: Any) -> None:
         """What somebody has to look at."""
-
-
-def check_sender(sender: Sender) -> None:
-    """Raise WrongPeer unless the kernel names this user or root as the sender."""
-    if sender.uid and sender.uid != os.geteuid():
-        raise WrongPeer(f"pid {sender.pid} runs as uid {sender.uid}, not as {os.geteuid()} or root")
 
 
 class Child:

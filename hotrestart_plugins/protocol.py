@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hotrestart_plugins import address as addresses
+from hotrestart_plugins import credentials
 from hotrestart_plugins.address import Address
 from hotrestart_plugins.errors import (
     AddressError,
@@ -34,7 +35,7 @@ from hotrestart_plugins.errors import (
     WrongPeer,
 )
 from hotrestart_plugins.inquiry import Inquiry
-from hotrestart_plugins.peers import Child, Held, Logger, check_sender
+from hotrestart_plugins.peers import Child, Held, Logger
 from hotrestart_plugins.rendezvous import CHILD_SOCKET, Claim, MeetingPlace
 from hotrestart_plugins.transport import SLICE, Endpoint, Packet, Sender
 from hotrestart_plugins.wire import PassFdRequest, PassFdResponse, TerminateParentRequest, parse
@@ -430,7 +431,7 @@ class HotRestart:
     def _handle(self, packet: Packet) -> None:
         if packet.fault:
             raise MessageError(packet.fault)
-        check_sender(packet.sender)
+        credentials.check(packet.sender.pid, packet.sender.uid)
         message = parse(packet.data)
         if packet.fd >= 0:
             raise MessageError("a descriptor that nobody asked for")

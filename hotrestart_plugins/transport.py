@@ -14,13 +14,13 @@ import struct
 import time
 from typing import NamedTuple
 
+from hotrestart_plugins import credentials
 from hotrestart_plugins.wire import MAX_DATAGRAM
 
-_UCRED = struct.Struct("=iII")  # struct ucred, unix(7): pid, uid, gid
 _FD = struct.Struct("=i")
 # Room for the credentials and one descriptor. Alignment lets a second descriptor in without
 # MSG_CTRUNC, so the number that arrived is counted as well.
-_ANCILLARY = _socket.CMSG_SPACE(_UCRED.size) + _socket.CMSG_SPACE(_FD.size)
+_ANCILLARY = _socket.CMSG_SPACE(credentials.SIZE) + _socket.CMSG_SPACE(_FD.size)
 _FLAGS = _socket.MSG_CMSG_CLOEXEC
 
 GONE = (ConnectionRefusedError, ConnectionResetError, BrokenPipeError, FileNotFoundError)
@@ -151,8 +151,8 @@ def _packet(
         if kind == _socket.SCM_RIGHTS:
             whole = len(content) - len(content) % _FD.size
             fds += [number for (number,) in _FD.iter_unpack(content[:whole])]
-        elif kind == _socket.SCM_CREDENTIALS and len(content) >= _UCRED.size:
-            pid, uid, _gid = _UCRED.unpack_from(content)
+        elif kind == _socket.SCM_CREDENTIALS and len(content) >= credentials.SIZE:
+            pid, uid = credentials.parse(content)
     fault = ""
     if flags & _socket.MSG_TRUNC or len(data) > MAX_DATAGRAM:
         fault = f"longer than {MAX_DATAGRAM} bytes"

@@ -16,6 +16,7 @@ NAME = "hotrestart_plugins"
 
 FLOORS = [
     {"errors", "tally"},
+    {"credentials"},
     {"wire", "transport", "address", "settings"},
     {"rendezvous", "connections"},
     {"peers"},

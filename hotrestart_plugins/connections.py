@@ -7,7 +7,7 @@ nothing::
 
     old                                     new
     stops reading
-    batch, up to 253 descriptors   -->      checks each
+    batch, up to 253 descriptors   -->      checks the message
                                    <--      its number: 'mine from here on'
     closes its copies                       reads
 
@@ -23,7 +23,6 @@ import enum
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +47,9 @@ class Kind(bytes, enum.Enum):
     """Its last request was answered."""
 
 
+_KINDS = {kind.value[0]: kind for kind in Kind}
+
+
 class Successor(NamedTuple):
     """Where connections may go."""
 
@@ -57,8 +59,7 @@ class Successor(NamedTuple):
     """The child's."""
 
 
-@dataclass(frozen=True)
-class Arrival:
+class Arrival(NamedTuple):
     """One connection that came. Whoever receives it owns the socket."""
 
     sock: socket.socket
@@ -138,28 +139,21 @@ def receive(channel: socket.socket) -> tuple[int, list[Arrival]] | None:
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != len(kinds):
         close_all(fds)
         raise MessageError(f"{len(fds)} of {len(kinds)} connections came (descriptor limit?)")
+    if len(data) < _NUMBER.size or not _KINDS.keys() >= set(kinds):
+        close_all(fds)
+        raise MessageError(f"{data[:20]!r} is no batch of connections (another version?)")
     (number,) = _NUMBER.unpack_from(data)
     return number, _arrivals(fds, kinds)
 
 
 def _arrivals(fds: list[int], kinds: bytes) -> list[Arrival]:
+    """What each descriptor is, and that it does not block, is seen to by the event loop."""
     found: list[Arrival] = []
     for fd, kind in zip(fds, kinds, strict=True):
         try:
-            sock = socket.socket(fileno=fd)
+            found.append(Arrival(socket.socket(fileno=fd), _KINDS[kind]))
         except OSError:  # no socket
             close_all([fd])
-            continue
-        try:
-            sock.getpeername()
-            good = sock.type == socket.SOCK_STREAM
-        except OSError:  # the client has gone, or it never was a connection
-            good = False
-        if good:
-            sock.setblocking(False)
-            found.append(Arrival(sock, Kind(bytes([kind]))))
-        else:
-            sock.close()
     return found
 
 

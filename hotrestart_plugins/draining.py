@@ -36,6 +36,7 @@ from hotrestart_plugins.tally import Tally
 
 CLOSE = (b"connection", b"close")
 _LOOK = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
+_LOOK_MOVING = 0.01  # the same while connections are on their way to the successor
 _WIND_UP = 1.0  # seconds for the app's side of what was brought to its end at the last moment
 
 logger = logging.getLogger("uvicorn.error")
@@ -135,14 +136,13 @@ class DrainingServer(uvicorn.Server):
         self.servers = []
         self._listeners = kept
         self._endings = Endings(self.server_state)
+        drain.set()
         if successor is not None and movable(self.config):
             self._mover = Mover(successor, self._not_moved)
         if self._mover is not None and self._mover.active:
-            for connection in list(self.server_state.connections):
-                self._mover.watch(connection)
+            await self._mover.watch_all(self.server_state.connections)
         else:
             self._announce_close()
-        drain.set()
 
     def _not_moved(self) -> None:
         """The successor takes no connections any more."""
@@ -217,7 +217,8 @@ class DrainingServer(uvicorn.Server):
                 for connection in list(self.server_state.connections):
                     if is_idle(connection):
                         connection.shutdown()
-            await asyncio.sleep(_LOOK)
+            moving = self._mover is not None and self._mover.busy
+            await asyncio.sleep(_LOOK_MOVING if moving else _LOOK)
         self.tally = endings.tally(self._moved)
         return not self._open()
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,15 @@ from hotrestart_plugins.connections import Arrival, Kind, Successor
 from hotrestart_plugins.errors import HotRestartError, MessageError
 
 _PARSERS = {"uvicorn.protocols.http.h11_impl", "uvicorn.protocols.http.httptools_impl"}
+_AT_ONCE = 64  # connections in one turn of the loop, so that requests come in between
 _UNDER_WAY = 4  # batches that may wait for their acknowledgement
 _PATIENCE = 5.0  # seconds to wait for one
+_LATER = {errno.EAGAIN, errno.ETOOMANYREFS}
+"""No room in the channel; more of this user's descriptors under way than RLIMIT_NOFILE says."""
+_PAUSE = 0.01  # seconds until the next attempt then
+
+Batch = list[tuple[Any, Kind]]
+"""Connections that are not read any more, and what each waits for."""
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -87,6 +95,7 @@ class Mover:
         self.moved: set[Any] = set()
         """The connections that the new instance has."""
         self._failed = failed
+        self._waiting: set[Any] = set()  # each is in the queue of one outlet
         self._loop = asyncio.get_running_loop()
         self._outlets: list[_Outlet] = []
         for path in connections.receivers(successor):
@@ -101,6 +110,22 @@ class Mover:
         """Whether there is anybody to move connections to."""
         return bool(self._outlets)
 
+    @property
+    def busy(self) -> bool:
+        """Whether connections wait to be sent, or are on their way."""
+        return any(outlet.busy for outlet in self._outlets)
+
+    async def watch_all(self, connections: Collection[Any]) -> None:
+        """`watch` those that are there now, a few in each turn of the loop."""
+        now = list(connections)
+        for start in range(0, len(now), _AT_ONCE):
+            if not self.active:
+                return
+            for connection in now[start : start + _AT_ONCE]:
+                if connection in connections:  # it may have ended meanwhile, or be a WebSocket
+                    self.watch(connection)
+            await asyncio.sleep(0)
+
     def watch(self, connection: Any) -> None:
         """Move the connection now if it may be, else right after the answer that it waits for."""
         self._have_it_moved_after_each_answer(connection)
@@ -113,8 +138,8 @@ class Mover:
 
         def complete() -> None:
             original()
-            if self.active:
-                self.consider(connection)
+            if self.active and (kind := self._stop_reading(connection)) is not None:
+                self._next_outlet().offer_first(connection, kind)
 
         connection.on_response_complete = complete  # the next cycles are made with it
         cycle = getattr(connection, "cycle", None)
@@ -124,26 +149,50 @@ class Mover:
             waiting.on_response = complete
 
     def consider(self, connection: Any) -> None:
-        """Stop reading and offer the connection, if it stands between two messages."""
-        kind = kind_of(connection)
-        if kind is None or not self.active:
-            return
-        connection.transport.pause_reading()
-        _stop_keep_alive(connection)
-        next(one for one in self._turn if one in self._outlets).offer(connection, kind)
+        """Offer the connection, if it stands between two messages.
 
-    def ended(self, outlet: _Outlet) -> None:
-        """A channel has ended: what it had not delivered goes another way, or stays."""
-        self._outlets.remove(outlet)
-        left = outlet.left()
-        if not self._outlets:
-            self._failed()
-        for connection, kind in left:
+        It is served until its turn comes: there may be thousands before it.
+        """
+        if self.active and connection not in self._waiting and kind_of(connection) is not None:
+            self._waiting.add(connection)
+            self._next_outlet().offer(connection)
+
+    def _next_outlet(self) -> _Outlet:
+        return next(one for one in self._turn if one in self._outlets)
+
+    def take_out(self, connection: Any) -> Kind | None:
+        """It is its turn: stop reading, if it still may go. What has become busy goes later."""
+        return self._stop_reading(connection) if connection in self._waiting else None
+
+    def _stop_reading(self, connection: Any) -> Kind | None:
+        self._waiting.discard(connection)
+        kind = kind_of(connection)
+        if kind is not None:
+            connection.transport.pause_reading()
+            _stop_keep_alive(connection)
+        return kind
+
+    def put_back(self, batch: Batch) -> None:
+        """These were not sent, or not taken: read here again, and offer them anew."""
+        for connection, kind in batch:
             if not connection.transport.is_closing():
                 connection.transport.resume_reading()
                 if kind is Kind.IDLE:
                     _start_keep_alive(connection, self._loop)
                 self.consider(connection)
+
+    def ended(self, outlet: _Outlet, queued: Iterable[Any], stopped: Batch) -> None:
+        """A channel has ended: what it had not delivered goes another way, or stays.
+
+        The `stopped` ones are not read any more, the `queued` ones are.
+        """
+        self._outlets.remove(outlet)
+        if not self._outlets:
+            self._failed()
+        for connection in queued:
+            self._waiting.discard(connection)
+            self.consider(connection)
+        self.put_back(stopped)
 
     def close(self) -> None:
         """Offer nothing any more; what was not acknowledged is read here again."""
@@ -158,26 +207,35 @@ class _Outlet:
         self._mover = mover
         self._channel = channel
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[tuple[Any, Kind]] = deque()
-        self._under_way: dict[int, list[tuple[Any, Kind]]] = {}
+        self._first: deque[tuple[Any, Kind]] = deque()  # have just answered, and are not read now
+        self._queue: deque[Any] = deque()  # are served until it is their turn
+        self._under_way: dict[int, Batch] = {}
         self._numbers = itertools.count(1)
-        self._flushing = False
+        self._flushing: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._loop.add_reader(channel.fileno(), self._heard)
 
-    def offer(self, connection: Any, kind: Kind) -> None:
-        self._queue.append((connection, kind))
-        if not self._flushing:  # later: others may come along in the same batch
-            self._flushing = True
-            self._loop.call_soon(self._flush)
+    @property
+    def busy(self) -> bool:
+        return bool(self._first or self._queue or self._under_way)
+
+    def offer(self, connection: Any) -> None:
+        self._queue.append(connection)
+        self._flush_soon()
+
+    def offer_first(self, connection: Any, kind: Kind) -> None:
+        """Before those that only wait: this one's client is about to ask again."""
+        self._first.append((connection, kind))
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if self._flushing is None:  # later: others may come along in the same batch
+            self._flushing = self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._flushing = False
-        while self._queue and len(self._under_way) < _UNDER_WAY and self._channel.fileno() >= 0:
-            most = min(len(self._queue), connections.MOST)
-            batch = [self._queue.popleft() for _ in range(most)]
-            # Closed meanwhile: by the app's end, or by a deadline.
-            batch = [one for one in batch if not one[0].transport.is_closing()]
+        self._stop_flushing()
+        while (self._first or self._queue) and len(self._under_way) < _UNDER_WAY:
+            batch = self._take_out()
             if not batch:
                 continue
             number = next(self._numbers)
@@ -185,17 +243,37 @@ class _Outlet:
                 connections.send(
                     self._channel, number, [(_fd(one.transport), kind) for one, kind in batch]
                 )
-            except BlockingIOError:
-                self._queue.extendleft(reversed(batch))
-                return  # an acknowledgement makes room
             except OSError as error:
-                logger.warning("Connections stay here: %s", error)
-                self._queue.extendleft(reversed(batch))
-                self.end()
+                self._mover.put_back(batch)
+                if error.errno not in _LATER:
+                    logger.warning("Connections stay here: %s", error)
+                    self.end()
+                    return
+                self._stop_flushing()
+                self._flushing = self._loop.call_later(_PAUSE, self._flush)
                 return
             self._under_way[number] = batch
             if self._timer is None:
                 self._timer = self._loop.call_later(_PATIENCE, self._out_of_patience)
+
+    def _take_out(self) -> Batch:
+        """The next ones that may go, no longer read here."""
+        batch: Batch = []
+        while self._first and len(batch) < _AT_ONCE:
+            connection, kind = self._first.popleft()
+            if not connection.transport.is_closing():  # by the app's end, or by a deadline
+                batch.append((connection, kind))
+        while self._queue and len(batch) < _AT_ONCE:
+            connection = self._queue.popleft()
+            found = self._mover.take_out(connection)
+            if found is not None:
+                batch.append((connection, found))
+        return batch
+
+    def _stop_flushing(self) -> None:
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
 
     def _out_of_patience(self) -> None:
         """Stopped or stuck: whatever it has not acknowledged is served here."""
@@ -233,18 +311,16 @@ class _Outlet:
         if self._channel.fileno() < 0:
             return
         self._stop_timer()
+        self._stop_flushing()
         self._loop.remove_reader(self._channel.fileno())
         for number in connections.cut(self._channel):
             self._taken(number)
-        self._mover.ended(self)
-
-    def left(self) -> list[tuple[Any, Kind]]:
-        """What was not acknowledged."""
-        left = [one for batch in self._under_way.values() for one in batch]
-        left.extend(self._queue)
+        stopped = [one for batch in self._under_way.values() for one in batch] + [*self._first]
+        queued = [*self._queue]
         self._under_way.clear()
+        self._first.clear()
         self._queue.clear()
-        return left
+        self._mover.ended(self, queued, stopped)
 
 
 class Receiver:
@@ -303,7 +379,7 @@ class Receiver:
     async def _take_in(self, arrival: Arrival) -> None:
         try:
             _, protocol = await self._loop.connect_accepted_socket(self._factory, arrival.sock)
-        except OSError:  # its client has gone
+        except (OSError, ValueError):  # its client has gone; it never was a connection
             arrival.sock.close()
             return
         self.received += 1

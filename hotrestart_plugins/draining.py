@@ -30,7 +30,9 @@ from uvicorn.server import ServerState
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.endings import Endings, ask_to_leave, is_idle
-from hotrestart_plugins.moving import Mover, Receiver, movable
+from hotrestart_plugins.holding import UvicornWays, movable
+from hotrestart_plugins.intake import Intake
+from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.tally import Tally
 
@@ -138,9 +140,11 @@ class DrainingServer(uvicorn.Server):
         self._endings = Endings(self.server_state)
         drain.set()
         if successor is not None and movable(self.config):
-            self._mover = Mover(successor, self._not_moved)
+            self._mover = Mover(
+                successor, UvicornWays(loop), loop=loop, failed=self._not_moved, logger=logger
+            )
         if self._mover is not None and self._mover.active:
-            await self._mover.watch_all(self.server_state.connections)
+            self._mover.watch_all(self.server_state.connections)
         else:
             self._announce_close()
 
@@ -186,15 +190,11 @@ class DrainingServer(uvicorn.Server):
             ask_to_leave(connection, CLOSE)
 
     def take_in(self, path: Path) -> None:
-        """Listen at `path` for the connections of the instance that this one takes over from.
-
-        Where that cannot be, they stay there and are closed after their next answer.
-        """
+        """Listen at `path` for the connections of the instance that this one takes over from."""
         if movable(self.config):
-            try:
-                self._receiver = Receiver(path, self._protocol)
-            except OSError as error:
-                logger.info("No connections are taken in at %s: %s", path, error)
+            loop = asyncio.get_running_loop()
+            intake = Intake(loop, self._protocol, UvicornWays(loop).idles)
+            self._receiver = Receiver.open(path, intake.take_in, loop=loop, logger=logger)
 
     # -- draining ------------------------------------------------------------------------------
 

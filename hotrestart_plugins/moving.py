@@ -1,32 +1,27 @@
-"""Moving the connections of a uvicorn server to its successor, and taking them in there.
+"""Moving connections to the successor, and taking them in there, under any event loop.
 
-Plain HTTP/1.1 between two messages is nothing but a descriptor. What a connection must be for that
-is read off uvicorn's protocols, h11's and httptools'; zttp shows neither its state nor its buffer,
-TLS and HTTP/2 have state that cannot be sent, and a WebSocket is never between two messages. These
-take the drain's way.
+Plain HTTP/1.1 between two messages is nothing but a descriptor. Which connections stand there, and
+how they are held, each server says in its `Ways`; how they travel, `connections`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
+import functools
 import itertools
-import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import uvicorn
+from typing import Any, Protocol
 
 from hotrestart_plugins import connections
 from hotrestart_plugins.connections import Arrival, Kind, Successor
 from hotrestart_plugins.errors import HotRestartError, MessageError
+from hotrestart_plugins.peers import Logger
 
-_PARSERS = {"uvicorn.protocols.http.h11_impl", "uvicorn.protocols.http.httptools_impl"}
 _AT_ONCE = 64  # connections in one turn of the loop, so that requests come in between
 _UNDER_WAY = 4  # batches that may wait for their acknowledgement
 _PATIENCE = 5.0  # seconds to wait for one
@@ -37,66 +32,76 @@ _PAUSE = 0.01  # seconds until the next attempt then
 Batch = list[tuple[Any, Kind]]
 """Connections that are not read any more, and what each waits for."""
 
-logger = logging.getLogger("uvicorn.error")
+
+class Ways(Protocol):
+    """How one server's connections are dealt with."""
+
+    def kind(self, connection: Any) -> Kind | None:
+        """What it waits for, if it stands between two messages; None: it must stay."""
+
+    def watch(self, connection: Any, answered: Callable[[], None]) -> None:
+        """Have `answered` called behind each answer from now on, if nobody else sees to that."""
+
+    def hold(self, connection: Any, kind: Kind) -> None:
+        """Read nothing from it, and let it be closed by no timer."""
+
+    def release(self, connection: Any, kind: Kind) -> None:
+        """Read it again, after `hold`."""
+
+    def fileno(self, connection: Any) -> int:
+        """The descriptor of its socket."""
+
+    def let_go(self, connection: Any) -> None:
+        """It is another's: close the copy."""
+
+    def closing(self, connection: Any) -> bool:
+        """Whether it was closed while it was held."""
 
 
-def kind_of(connection: Any) -> Kind | None:
-    """What a connection waits for, if it stands between two messages; None: it must stay."""
-    if not hasattr(connection, "cycle"):  # a WebSocket
-        return None
-    transport = connection.transport
-    if (
-        transport is None
-        or transport.is_closing()
-        or transport.get_extra_info("ssl_object") is not None
-        or transport.get_write_buffer_size()
-    ):
-        return None
-    if hasattr(connection, "conn"):
-        return _kind_h11(connection)
-    if hasattr(connection, "pipeline") and hasattr(connection, "parser"):
-        return _kind_httptools(connection)
-    return None
+class Timer(Protocol):
+    """A call to come."""
+
+    def cancel(self) -> None:
+        """Do not call."""
 
 
-def _kind_h11(connection: Any) -> Kind | None:
-    if not hasattr(connection.conn, "trailing_data") or hasattr(connection, "cycles"):
-        return None
-    states = (connection.conn.our_state.__name__, connection.conn.their_state.__name__)
-    if states != ("IDLE", "IDLE") or connection.conn.trailing_data != (b"", False):
-        return None
-    cycle = connection.cycle
-    if cycle is None:
-        return Kind.UNREAD
-    return Kind.IDLE if cycle.response_complete and cycle.keep_alive else None
+class Loop(Protocol):
+    """What is needed of an event loop; asyncio's have it."""
 
+    def add_reader(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object:
+        """Call whenever `fd` is readable."""
 
-def _kind_httptools(connection: Any) -> Kind | None:
-    cycle = connection.cycle
-    if cycle is None:
-        # The scope is made with the first byte of a message.
-        return Kind.UNREAD if connection.scope is None else None
-    whole = cycle.response_complete and not cycle.more_body and not connection.pipeline
-    # A later message has begun if the scope is no longer that of the last request.
-    return Kind.IDLE if whole and cycle.keep_alive and cycle.scope is connection.scope else None
+    def remove_reader(self, fd: int, /) -> object:
+        """No longer."""
 
+    def call_soon(self, callback: Callable[..., object], /, *args: Any) -> Timer:
+        """Call in the next turn."""
 
-def movable(config: uvicorn.Config) -> bool:
-    """Whether this server's connections can be moved at all: plaintext, and by these parsers."""
-    modules = {one.__module__ for one in config.http_protocol_class.__mro__}
-    return config.ssl is None and bool(modules & _PARSERS)
+    def call_later(self, delay: float, callback: Callable[..., object], /, *args: Any) -> Timer:
+        """Call after `delay` seconds."""
 
 
 class Mover:
     """The old side: offers each connection to the processes of the new instance, in turn."""
 
-    def __init__(self, successor: Successor, failed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        successor: Successor,
+        ways: Ways,
+        *,
+        loop: Loop,
+        failed: Callable[[], None],
+        logger: Logger,
+    ) -> None:
         """`failed` is called if the last channel has ended while it was still wanted."""
         self.moved: set[Any] = set()
         """The connections that the new instance has."""
+        self.ways = ways
+        self.loop = loop
+        self.log = logger
         self._failed = failed
+        self._unseen: deque[Any] = deque()  # to be watched, a few in each turn of the loop
         self._waiting: set[Any] = set()  # each is in the queue of one outlet
-        self._loop = asyncio.get_running_loop()
         self._outlets: list[_Outlet] = []
         for path in connections.receivers(successor):
             with contextlib.suppress(OSError, HotRestartError):
@@ -113,47 +118,37 @@ class Mover:
     @property
     def busy(self) -> bool:
         """Whether connections wait to be sent, or are on their way."""
-        return any(outlet.busy for outlet in self._outlets)
+        return bool(self._unseen) or any(outlet.busy for outlet in self._outlets)
 
-    async def watch_all(self, connections: Collection[Any]) -> None:
-        """`watch` those that are there now, a few in each turn of the loop."""
-        now = list(connections)
-        for start in range(0, len(now), _AT_ONCE):
-            if not self.active:
-                return
-            for connection in now[start : start + _AT_ONCE]:
-                if connection in connections:  # it may have ended meanwhile, or be a WebSocket
-                    self.watch(connection)
-            await asyncio.sleep(0)
+    def watch_all(self, connections: Collection[Any]) -> None:
+        """Move each now if it may be, else right after the answer that it waits for."""
+        self._unseen.extend(connections)
+        self._watch_some(connections)
 
-    def watch(self, connection: Any) -> None:
-        """Move the connection now if it may be, else right after the answer that it waits for."""
-        self._have_it_moved_after_each_answer(connection)
-        self.consider(connection)
+    def _watch_some(self, connections: Collection[Any]) -> None:
+        for _ in range(min(_AT_ONCE, len(self._unseen))):
+            connection = self._unseen.popleft()
+            if self.active and connection in connections:  # else it has ended, or is a WebSocket
+                self.ways.watch(connection, functools.partial(self.answered, connection))
+                self.consider(connection)
+        if self._unseen:
+            self.loop.call_soon(self._watch_some, connections)
 
-    def _have_it_moved_after_each_answer(self, connection: Any) -> None:
-        original = getattr(connection, "on_response_complete", None)
-        if original is None:
-            return
-
-        def complete() -> None:
-            original()
-            if self.active and (kind := self._stop_reading(connection)) is not None:
-                self._next_outlet().offer_first(connection, kind)
-
-        connection.on_response_complete = complete  # the next cycles are made with it
-        cycle = getattr(connection, "cycle", None)
-        if cycle is not None and not cycle.response_complete:
-            cycle.on_response = complete
-        for waiting, _app in getattr(connection, "pipeline", ()):
-            waiting.on_response = complete
+    def answered(self, connection: Any) -> None:
+        """The connection has answered, and goes now, if it may."""
+        if self.active and (kind := self._stop_reading(connection)) is not None:
+            self._next_outlet().offer_first(connection, kind)
 
     def consider(self, connection: Any) -> None:
         """Offer the connection, if it stands between two messages.
 
         It is served until its turn comes: there may be thousands before it.
         """
-        if self.active and connection not in self._waiting and kind_of(connection) is not None:
+        if (
+            self.active
+            and connection not in self._waiting
+            and self.ways.kind(connection) is not None
+        ):
             self._waiting.add(connection)
             self._next_outlet().offer(connection)
 
@@ -166,19 +161,16 @@ class Mover:
 
     def _stop_reading(self, connection: Any) -> Kind | None:
         self._waiting.discard(connection)
-        kind = kind_of(connection)
+        kind = self.ways.kind(connection)
         if kind is not None:
-            connection.transport.pause_reading()
-            _stop_keep_alive(connection)
+            self.ways.hold(connection, kind)
         return kind
 
     def put_back(self, batch: Batch) -> None:
         """These were not sent, or not taken: read here again, and offer them anew."""
         for connection, kind in batch:
-            if not connection.transport.is_closing():
-                connection.transport.resume_reading()
-                if kind is Kind.IDLE:
-                    _start_keep_alive(connection, self._loop)
+            if not self.ways.closing(connection):
+                self.ways.release(connection, kind)
                 self.consider(connection)
 
     def ended(self, outlet: _Outlet, queued: Iterable[Any], stopped: Batch) -> None:
@@ -206,13 +198,14 @@ class _Outlet:
     def __init__(self, mover: Mover, channel: socket.socket) -> None:
         self._mover = mover
         self._channel = channel
-        self._loop = asyncio.get_running_loop()
+        self._loop = mover.loop
+        self._ways = mover.ways
         self._first: deque[tuple[Any, Kind]] = deque()  # have just answered, and are not read now
         self._queue: deque[Any] = deque()  # are served until it is their turn
         self._under_way: dict[int, Batch] = {}
         self._numbers = itertools.count(1)
-        self._flushing: asyncio.Handle | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._flushing: Timer | None = None
+        self._timer: Timer | None = None
         self._loop.add_reader(channel.fileno(), self._heard)
 
     @property
@@ -241,12 +234,12 @@ class _Outlet:
             number = next(self._numbers)
             try:
                 connections.send(
-                    self._channel, number, [(_fd(one.transport), kind) for one, kind in batch]
+                    self._channel, number, [(self._ways.fileno(one), kind) for one, kind in batch]
                 )
             except OSError as error:
                 self._mover.put_back(batch)
                 if error.errno not in _LATER:
-                    logger.warning("Connections stay here: %s", error)
+                    self._mover.log.warning("Connections stay here: %s", error)
                     self.end()
                     return
                 self._stop_flushing()
@@ -261,7 +254,7 @@ class _Outlet:
         batch: Batch = []
         while self._first and len(batch) < _AT_ONCE:
             connection, kind = self._first.popleft()
-            if not connection.transport.is_closing():  # by the app's end, or by a deadline
+            if not self._ways.closing(connection):
                 batch.append((connection, kind))
         while self._queue and len(batch) < _AT_ONCE:
             connection = self._queue.popleft()
@@ -277,7 +270,7 @@ class _Outlet:
 
     def _out_of_patience(self) -> None:
         """Stopped or stuck: whatever it has not acknowledged is served here."""
-        logger.warning("The new instance has not taken connections in for %g s", _PATIENCE)
+        self._mover.log.warning("The new instance has not taken connections in for %g s", _PATIENCE)
         self.end()
 
     def _stop_timer(self) -> None:
@@ -305,7 +298,7 @@ class _Outlet:
         """The other side has them: close our copies, which closes no connection."""
         for connection, _ in self._under_way.pop(number, ()):
             self._mover.moved.add(connection)
-            connection.transport.abort()
+            self._ways.let_go(connection)
 
     def end(self) -> None:
         if self._channel.fileno() < 0:
@@ -326,16 +319,36 @@ class _Outlet:
 class Receiver:
     """The new side, in each of its processes: takes in what comes. Owns its listener and path."""
 
-    def __init__(self, path: Path, protocol_factory: Callable[[], asyncio.Protocol]) -> None:
-        """Listens at once; `protocol_factory` makes the protocol of a connection."""
-        self.received = 0
+    def __init__(
+        self,
+        path: Path,
+        take_in: Callable[[Sequence[Arrival]], None],
+        *,
+        loop: Loop,
+        logger: Logger,
+    ) -> None:
+        """Listens at once. `take_in` is given what comes, and owns it. Raises OSError."""
         self._path = path
-        self._factory = protocol_factory
-        self._loop = asyncio.get_running_loop()
+        self._take_in = take_in
+        self._loop = loop
+        self._log = logger
         self._listener = connections.listen(path)
         self._channels: list[socket.socket] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    @classmethod
+    def open(
+        cls, path: Path, take_in: Callable[[Sequence[Arrival]], None], *, loop: Loop, logger: Logger
+    ) -> Receiver | None:
+        """One that listens; None, with a line in the log, where that cannot be.
+
+        The connections then stay with the old instance, and are closed after their next answer.
+        """
+        try:
+            return cls(path, take_in, loop=loop, logger=logger)
+        except OSError as error:
+            logger.info("No connections are taken in at %s: %s", path, error)
+            return None
 
     def _accept(self) -> None:
         try:
@@ -345,7 +358,7 @@ class Receiver:
         try:
             connections.check(channel)
         except HotRestartError as error:
-            logger.warning("Dropped a channel: %s", error)
+            self._log.warning("Dropped a channel: %s", error)
             channel.close()
             return
         channel.setblocking(False)
@@ -358,7 +371,7 @@ class Receiver:
         except BlockingIOError:
             return
         except (OSError, MessageError) as error:
-            logger.warning("Connections cannot be taken in: %s", error)
+            self._log.warning("Connections cannot be taken in: %s", error)
             found = None
         if found is None:
             self._drop(channel)
@@ -371,20 +384,7 @@ class Receiver:
                 one.sock.close()
             self._drop(channel)
             return
-        for one in arrivals:
-            task = self._loop.create_task(self._take_in(one))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _take_in(self, arrival: Arrival) -> None:
-        try:
-            _, protocol = await self._loop.connect_accepted_socket(self._factory, arrival.sock)
-        except (OSError, ValueError):  # its client has gone; it never was a connection
-            arrival.sock.close()
-            return
-        self.received += 1
-        if arrival.kind is Kind.IDLE:
-            _start_keep_alive(protocol, self._loop)
+        self._take_in(arrivals)
 
     def _drop(self, channel: socket.socket) -> None:
         self._loop.remove_reader(channel.fileno())
@@ -398,22 +398,3 @@ class Receiver:
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         self._path.unlink(missing_ok=True)
-
-
-def _fd(transport: Any) -> int:
-    return int(transport.get_extra_info("socket").fileno())
-
-
-def _stop_keep_alive(connection: Any) -> None:
-    timer = connection.timeout_keep_alive_task
-    if timer is not None:
-        timer.cancel()
-        connection.timeout_keep_alive_task = None
-
-
-def _start_keep_alive(connection: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """As after an answer, unless the next request has already come."""
-    if connection.timeout_keep_alive_task is None and kind_of(connection) is not None:
-        connection.timeout_keep_alive_task = loop.call_later(
-            connection.timeout_keep_alive, connection.timeout_keep_alive_handler
-        )

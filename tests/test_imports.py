@@ -23,7 +23,7 @@ FLOORS = [
     {"inquiry"},
     {"protocol", "record"},
     {"__init__"},
-    {"app", "probe", "endings", "moving"},
+    {"app", "probe", "endings", "moving", "holding", "intake"},
     {"draining", "starlette"},
     {"uvicorn", "gunicorn", "cli"},
     {"gunicorn_conf"},

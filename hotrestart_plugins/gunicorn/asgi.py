@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.asgi import lifespan
@@ -12,9 +13,12 @@ from gunicorn.asgi.protocol import ASGIProtocol
 from gunicorn.workers import gasgi
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.connections import Kind
 from hotrestart_plugins.errors import NotReady
-from hotrestart_plugins.gunicorn.blocking import Closing
+from hotrestart_plugins.gunicorn.blocking import Closing, proxied
 from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.intake import Intake
+from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.tally import Tally
 
@@ -34,9 +38,12 @@ class AsgiGate:
         self._closing = Closing(worker)
         self._closing.attach()  # connections look for the hook when they are made
         self._connections: set[Any] = set()
-        gasgi.ASGIProtocol = _known_to(self._connections)
+        gasgi.ASGIProtocol = self._protocol_class()
         self._open = self._busy = 0
         self._last: Tally | None = None
+        self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
+        self._mover: Mover | None = None
+        self._receiver: Receiver | None = None
         self._paused = False
         self._wanted = False
         self._changing: asyncio.Task[None] | None = None
@@ -89,6 +96,16 @@ class AsgiGate:
         """`create_server` has cut the backlog that all instances share to its own default."""
         for one in self._worker.sockets:
             one.sock.listen(self._worker.cfg.backlog)
+        if self._side.inlet is not None and self._movable:
+            loop = self._worker.loop
+            intake = Intake(
+                loop,
+                lambda: gasgi.ASGIProtocol(self._worker),
+                lambda connection: connection.begin_keep_alive(),
+            )
+            self._receiver = Receiver.open(
+                self._side.inlet, intake.take_in, loop=loop, logger=self._worker.log
+            )
 
     def pause(self) -> None:
         """From a signal handler: what follows is the loop's."""
@@ -119,7 +136,8 @@ class AsgiGate:
         if self._paused:
             return
         self._paused = True
-        self._closing.begin()
+        successor = self._side.successor if self._movable else None
+        self._closing.begin(close=successor is None)
         worker = self._worker
         kept = [socket.socket(fileno=one.sock.dup().detach()) for one in worker.sockets]
         if isinstance(worker.loop, asyncio.SelectorEventLoop):
@@ -136,6 +154,18 @@ class AsgiGate:
             one.sock = duplicate
         self._open, self._busy = len(self._connections), self._busy_now()
         drain.set()
+        if successor is not None:
+            self._mover = Mover(
+                successor,
+                Waiting(),
+                loop=worker.loop,
+                failed=self._closing.announce,
+                logger=worker.log,
+            )
+            if self._mover.active:
+                self._mover.watch_all(self._connections)
+            else:
+                self._closing.announce()
 
     async def _take_up(self) -> None:
         worker = self._worker
@@ -150,6 +180,8 @@ class AsgiGate:
                     backlog=worker.cfg.backlog,
                 )
             )
+        if self._mover is not None:
+            self._mover.close()
         self._closing.end(detach=False)
         drain.clear()
         self._paused = False
@@ -167,17 +199,60 @@ class AsgiGate:
     def _account(self) -> Tally:
         """By the number of connections and of requests: what was under way, and what came."""
         left, busy, websockets = len(self._connections), self._busy_now(), self._websockets()
+        moved = len(self._mover.moved) if self._mover is not None else 0
         answers = max(0, self._busy + self._closing.requests - busy)
-        ended = max(0, self._open - left)
+        ended = max(0, self._open - left - moved)
         finished = min(answers, ended)
-        return Tally(
-            requests=answers,
-            finished=finished,
-            idle=ended - finished,
-            cut_requests=busy - websockets,
-            cut_websockets=websockets,
-            cut_idle=left - busy,
-        )
+        tally = Tally(requests=answers, finished=finished, moved=moved, idle=ended - finished)
+        if not self._worker.alive:
+            tally.cut_requests, tally.cut_websockets = busy - websockets, websockets
+            tally.cut_idle = left - busy
+        return tally
+
+    def _protocol_class(self) -> type[ASGIProtocol]:
+        """The protocol of gunicorn, which itself only counts connections, and tells nobody."""
+        gate = self
+
+        class Connection(ASGIProtocol):  # type: ignore[misc]
+            """A connection that is known while it is open, and moved while it waits."""
+
+            def __init__(self, worker: Any) -> None:
+                super().__init__(worker)
+                self.untouched = True
+                """Whether its parser has been given nothing since the last message."""
+
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                """As gunicorn's."""
+                gate._connections.add(self)
+                super().connection_made(transport)
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                """As gunicorn's."""
+                gate._connections.discard(self)
+                super().connection_lost(exc)
+
+            def _feed_callback_parser(self, data: bytes) -> bool:
+                self.untouched = False
+                return bool(super()._feed_callback_parser(data))
+
+            def _resume_reading(self) -> None:
+                # Comes between two messages, before what was read ahead is fed again. It comes
+                # within a message too, but nobody asks then.
+                self.untouched = True
+                super()._resume_reading()
+
+            def _arm_keepalive_timer(self) -> None:
+                super()._arm_keepalive_timer()
+                if gate._mover is not None:
+                    # It does not wait yet: it is about to.
+                    gate._worker.loop.call_soon(gate._mover.answered, self)
+
+            def begin_keep_alive(self) -> None:
+                """Its last answer was given elsewhere; the next request may have come."""
+                if not self._request_ready.is_set():
+                    super()._arm_keepalive_timer()
+
+        return Connection
 
     # -- SIGTERM -------------------------------------------------------------------------------
 
@@ -208,20 +283,50 @@ class AsgiGate:
             await asyncio.sleep(_LOOK)
 
 
-def _known_to(connections: set[Any]) -> type[ASGIProtocol]:
-    """The protocol of gunicorn, which itself only counts connections."""
+class Waiting:
+    """How connections are held that wait for a request, and what they are then."""
 
-    class Connection(ASGIProtocol):  # type: ignore[misc]
-        """A connection, in the set while it is open."""
+    def kind(self, connection: Any) -> Kind | None:
+        """Nothing read, nothing to be written, no call of the app's left, no other protocol."""
+        transport = connection.transport
+        if (
+            transport is None
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+            or connection._h2c_buffer is not None  # noqa: SLF001
+            or connection.reader is not None
+            or not connection._awaiting_request  # noqa: SLF001
+            or connection._finishing_calls  # noqa: SLF001
+            or connection._reading_paused  # noqa: SLF001
+            or not connection.untouched
+        ):
+            return None
+        return Kind.UNREAD if connection.req_count == 1 else Kind.IDLE
 
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            """As gunicorn's."""
-            connections.add(self)
-            super().connection_made(transport)
+    def watch(self, connection: Any, answered: Callable[[], None]) -> None:
+        """Each says by itself when it begins to wait."""
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            """As gunicorn's."""
-            connections.discard(self)
-            super().connection_lost(exc)
+    def fileno(self, connection: Any) -> int:
+        """Of its socket."""
+        return int(connection.transport.get_extra_info("socket").fileno())
 
-    return Connection
+    def hold(self, connection: Any, _kind: Kind) -> None:
+        """Read nothing, and let no time pass."""
+        connection.transport.pause_reading()
+        connection._cancel_keepalive_timer()  # noqa: SLF001
+
+    def release(self, connection: Any, kind: Kind) -> None:
+        """Wait for its request again."""
+        connection.transport.resume_reading()
+        if kind is Kind.IDLE:
+            connection.begin_keep_alive()
+
+    def let_go(self, connection: Any) -> None:
+        """It is another's: close the copy, and let its task end."""
+        connection.transport.abort()
+        connection._closed = True  # noqa: SLF001
+        connection._request_ready.set()  # noqa: SLF001
+
+    def closing(self, connection: Any) -> bool:
+        """Whether it has been closed meanwhile."""
+        return bool(connection.transport.is_closing())

@@ -10,12 +10,10 @@ import errno
 import itertools
 import logging
 import os
-import signal
 import socket
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from gunicorn import http
 from gunicorn.glogging import Logger
@@ -24,9 +22,6 @@ from gunicorn.http import wsgi
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.tally import Tally
-
-if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
 
@@ -46,7 +41,7 @@ class SyncGate:
 
     def pause(self) -> None:
         """The signal has woken select() through the worker's pipe, and leads it to these."""
-        _refuse(self._worker.sockets)
+        refuse(self._worker.sockets)
         self._worker.wait_fds = [self._worker.PIPE[0]]
         self._closing.begin()
         self._tell_app(paused=True)
@@ -54,7 +49,7 @@ class SyncGate:
 
     def resume(self) -> None:
         """The same the other way round."""
-        _accept(self._worker.sockets)
+        accept(self._worker.sockets)
         self._worker.wait_fds = [*self._worker.sockets, self._worker.PIPE[0]]
         self._closing.end()
         self._tell_app(paused=False)
@@ -75,61 +70,6 @@ class SyncGate:
         return Tally(requests=self._closing.answers, finished=self._closing.answers)
 
 
-class ThreadGate:
-    """The gthread worker: its main thread accepts, and the loop there counts connections."""
-
-    def __init__(self, worker: Any, side: WorkerSide) -> None:
-        self._worker = worker
-        self._side = side
-        self._limit = worker.worker_connections
-        self._closing = Closing(worker)
-        self._open = 0
-        signal.signal(signal.SIGTERM, self._terminate)
-        signal.siginterrupt(signal.SIGTERM, False)
-
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        """As gunicorn's; a stop after a pause has what is left of the drain."""
-        self._worker.cfg.set("graceful_timeout", self._side.seconds_left)
-        self._worker.handle_exit(number, frame)
-
-    def ready(self) -> None:
-        """Nothing to do."""
-
-    def pause(self) -> None:
-        """Have the loop find that it has too many connections, and leave the listeners alone."""
-        _refuse(self._worker.sockets)
-        self._open = self._worker.nr_conns
-        self._closing.begin()
-        self._set_limit(_NO_CONNECTIONS, drain.set)
-        # gunicorn's stop would close what waits for its next request after two seconds.
-        self._worker._cap_keepalive = _nothing  # noqa: SLF001
-        self._side.done(Report.PAUSED)
-
-    def resume(self) -> None:
-        """The same the other way round."""
-        _accept(self._worker.sockets)
-        self._closing.end()
-        self._set_limit(self._limit, drain.clear)
-        del self._worker._cap_keepalive  # noqa: SLF001
-        self._side.done(Report.RESUMED)
-
-    def tally(self) -> Tally:
-        """By the number of connections, and of answers: each but the first of one closes it."""
-        left, answers = self._worker.nr_conns, self._closing.answers
-        parked = len(self._worker.keepalived_conns) + len(self._worker.pending_conns)
-        tally = Tally(requests=answers, cut_idle=parked, cut_requests=max(0, left - parked))
-        ended = max(0, self._open - left)
-        tally.finished = min(answers, ended)
-        tally.idle = ended - tally.finished
-        return tally
-
-    def _set_limit(self, limit: int, tell: Callable[[], None]) -> None:
-        self._worker.worker_connections = limit
-        # Wakes the loop, which looks at the limit. The app is told from there, not in the midst
-        # of whatever a signal has interrupted.
-        self._worker.method_queue.defer(tell)
-
-
 class Closing:
     """Has gunicorn answer with ``Connection: close`` while that is on, and counts the answers.
 
@@ -141,7 +81,7 @@ class Closing:
         self._users = worker.cfg.pre_request
         self._users_after = worker.cfg.post_request
         self._idle = _does_nothing(worker)
-        self._on = False
+        self._on = self._close = False
         # Its next() is atomic: requests come in many threads.
         self._begun = self._answered = itertools.count(1)
         self.requests = 0
@@ -153,13 +93,18 @@ class Closing:
         """Put the first hook in, for workers that look it up once for each connection."""
         self._cfg.set("pre_request", self._hook())
 
-    def begin(self) -> None:
-        """From now on."""
+    def begin(self, *, close: bool = True) -> None:
+        """From now on; without `close` answers are only counted, until `announce`."""
         self._on = True
+        self._close = close
         self._begun, self._answered = itertools.count(1), itertools.count(1)
         self.requests = self.answers = 0
         self.attach()
         self._cfg.set("post_request", self._after())
+
+    def announce(self) -> None:
+        """Have answers say that the connection closes, too."""
+        self._close = True
 
     def end(self, *, detach: bool = True) -> None:
         """No longer; `detach` takes the hook out as well."""
@@ -174,7 +119,8 @@ class Closing:
                 self._users(worker, req)
             if self._on:
                 self.requests = next(self._begun)
-                req.must_close = True
+                if self._close:
+                    req.must_close = True
 
         return pre_request
 
@@ -204,10 +150,6 @@ def answer(worker: Any, request: bytes) -> int:
         return int(response.status_code or 0)
 
 
-def _nothing(_deadline: float) -> None:
-    """In the place of what must not happen."""
-
-
 def _does_nothing(worker: Any) -> bool:
     """Whether the hook is gunicorn's default, which logs at debug level, and nobody listens."""
     if worker.cfg.pre_request is not worker.cfg.settings["pre_request"].default:
@@ -225,11 +167,18 @@ def _no_accept() -> NoReturn:
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def _refuse(listeners: list[Any]) -> None:
+def refuse(listeners: list[Any]) -> None:
+    """Have ``accept()`` find nothing from now on."""
     for one in listeners:
         one.accept = _no_accept
 
 
-def _accept(listeners: list[Any]) -> None:
+def accept(listeners: list[Any]) -> None:
+    """Have ``accept()`` work again."""
     for one in listeners:
         vars(one).pop("accept", None)
+
+
+def proxied(cfg: Any) -> bool:
+    """Whether a connection begins with a PROXY line, which only its first process reads."""
+    return getattr(cfg, "proxy_protocol", False) not in (False, "off")

@@ -173,7 +173,7 @@ def _gate(kind: str, worker: Any, side: WorkerSide) -> Gate | None:
 
         return SyncGate(worker, side.done)
     if kind == "gthread":
-        from hotrestart_plugins.gunicorn.blocking import ThreadGate  # noqa: PLC0415
+        from hotrestart_plugins.gunicorn.gthread import ThreadGate  # noqa: PLC0415
 
         return ThreadGate(worker, side)
     if kind == "asgi":

@@ -260,7 +260,7 @@ def test_hup_with_an_address_that_cannot_be_bound(place: Deploys, tmp_path: Path
 # -- connections move ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("worker", ["uvicorn"])
+@pytest.mark.parametrize("worker", ["gthread", "asgi", "uvicorn"])
 def test_no_client_reconnects(place: Deploys, address: str, worker: str) -> None:
     """In takeovers in a row every request is answered, on the connection that the client had."""
     args = gunicorn(worker, address, "--keep-alive", "60")

@@ -1,0 +1,286 @@
+"""The gate of gunicorn's gthread worker, whose main thread accepts and keeps idle connections.
+
+That thread runs a loop of its own: select, call what the selector says, look at deadlines. What is
+done here to connections happens between the calls and the deadlines, since a connection that leaves
+the selector in the midst of the calls may have its own still to come.
+"""
+
+from __future__ import annotations
+
+import functools
+import selectors
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from gunicorn.workers.gthread import TConn
+
+from hotrestart_plugins.app import drain
+from hotrestart_plugins.connections import Arrival, Kind
+from hotrestart_plugins.gunicorn.blocking import Closing, accept, proxied, refuse
+from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.moving import Mover, Receiver
+from hotrestart_plugins.tally import Tally
+
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.workers import WorkerSide
+
+_LOOK = 0.1  # seconds between two looks at what is still open
+_NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
+
+
+class ThreadGate:
+    """Lets connections in, and moves those that wait for a request."""
+
+    def __init__(self, worker: Any, side: WorkerSide) -> None:
+        self._worker = worker
+        self._side = side
+        self._limit = worker.worker_connections
+        self._closing = Closing(worker)
+        self._loop = Loop(worker)
+        self._mover: Mover | None = None
+        self._receiver: Receiver | None = None
+        self._open = 0
+        self._stop_by = 0.0
+        self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
+        self._finish = worker.finish_request
+        signal.signal(signal.SIGTERM, self._terminate)
+        signal.siginterrupt(signal.SIGTERM, False)
+
+    def _terminate(self, _number: int, _frame: FrameType | None) -> None:
+        """As gunicorn's; a stop after a pause has what is left of the drain.
+
+        While connections move, gunicorn hears of it later: it would close them after their answer.
+        """
+        if self._mover is None or not self._mover.active:
+            self._stop()
+        elif not self._stop_by:
+            self._stop_by = time.monotonic() + self._side.seconds_left / 2
+            self._loop.call_soon(self._stop_when_moved)
+
+    def _stop_when_moved(self) -> None:
+        if self._worker.nr_conns and time.monotonic() < self._stop_by:
+            self._loop.call_later(_LOOK, self._stop_when_moved)
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._worker.cfg.set("graceful_timeout", self._side.seconds_left)
+        self._worker.handle_exit(signal.SIGTERM, None)
+
+    def ready(self) -> None:
+        """Take in what the old instance's workers hand over."""
+        if self._side.inlet is not None and self._movable:
+            ways = Parked(self._worker)
+            self._receiver = Receiver.open(
+                self._side.inlet, ways.take_in, loop=self._loop, logger=self._worker.log
+            )
+
+    def pause(self) -> None:
+        """Have the loop find that it has too many connections, and leave the listeners alone."""
+        refuse(self._worker.sockets)
+        self._open = self._worker.nr_conns
+        successor = self._side.successor if self._movable else None
+        self._closing.begin(close=successor is None)
+        # gunicorn's stop would close what waits for its next request after two seconds.
+        self._worker._cap_keepalive = _nothing  # noqa: SLF001
+        self._set_limit(_NO_CONNECTIONS, functools.partial(self._begun, successor))
+
+    def _begun(self, successor: Any) -> None:
+        """In the loop: not in the midst of whatever the signal has interrupted."""
+        drain.set()
+        if successor is not None:
+            ways = Parked(self._worker)
+            self._mover = Mover(
+                successor,
+                ways,
+                loop=self._loop,
+                failed=self._closing.announce,
+                logger=self._worker.log,
+            )
+            self._worker.finish_request = self._finished
+            if self._mover.active:
+                self._mover.watch_all(ways.all())
+            else:
+                self._closing.announce()
+        self._side.done(Report.PAUSED)
+
+    def _finished(self, connection: Any, future: Any) -> None:
+        self._finish(connection, future)
+        kept = self._worker.keepalived_conns
+        if self._mover is not None and kept and kept[-1] is connection:
+            self._loop.call_soon(self._mover.answered, connection)
+
+    def resume(self) -> None:
+        """The same the other way round."""
+        accept(self._worker.sockets)
+        del self._worker._cap_keepalive  # noqa: SLF001
+        self._set_limit(self._limit, self._ended)
+
+    def _ended(self) -> None:
+        drain.clear()
+        if self._mover is not None:
+            del self._worker.finish_request
+            self._mover.close()
+        self._side.done(Report.RESUMED)
+        self._mover = None
+        self._closing.end()
+
+    def _set_limit(self, limit: int, then: Callable[[], None]) -> None:
+        self._worker.worker_connections = limit
+        # Wakes the loop, which looks at the limit before anything else.
+        self._loop.call_soon(then)
+
+    def tally(self) -> Tally:
+        """By the number of connections, and of answers: each but the first of one closes it."""
+        left, answers = self._worker.nr_conns, self._closing.answers
+        moved = len(self._mover.moved) if self._mover is not None else 0
+        ended = max(0, self._open - left - moved)
+        finished = min(answers, ended)
+        tally = Tally(requests=answers, finished=finished, moved=moved, idle=ended - finished)
+        if not self._worker.alive:
+            parked = len(self._worker.keepalived_conns) + len(self._worker.pending_conns)
+            tally.cut_idle, tally.cut_requests = parked, max(0, left - parked)
+        return tally
+
+
+class Parked:
+    """The worker's connections that wait: for their first request, or for the next."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def all(self) -> Collection[Any]:
+        """Those that wait now."""
+        return {*self._worker.keepalived_conns, *self._worker.pending_conns}
+
+    def kind(self, connection: Any) -> Kind | None:
+        """Gunicorn parks none that has read ahead into its next request."""
+        if connection in self._worker.keepalived_conns:
+            return Kind.IDLE
+        unread = connection in self._worker.pending_conns and not connection.initialized
+        return Kind.UNREAD if unread else None
+
+    def watch(self, connection: Any, answered: Callable[[], None]) -> None:
+        """The gate sees each one that is parked."""
+
+    def fileno(self, connection: Any) -> int:
+        """Of its socket."""
+        return int(connection.sock.fileno())
+
+    def hold(self, connection: Any, kind: Kind) -> None:
+        """Take it out of the selector, and away from its deadline."""
+        self._worker.poller.unregister(connection.sock)
+        self._queue(kind).remove(connection)
+
+    def release(self, connection: Any, kind: Kind) -> None:
+        """Wait for its request again."""
+        connection.set_timeout()
+        self._queue(kind).append(connection)
+        then = "on_client" if kind is Kind.IDLE else "on_pending"
+        callback = getattr(self._worker, f"{then}_socket_readable")
+        self._worker.poller.register(
+            connection.sock, selectors.EVENT_READ, functools.partial(callback, connection)
+        )
+
+    def _queue(self, kind: Kind) -> deque[Any]:
+        worker = self._worker
+        found: deque[Any] = worker.keepalived_conns if kind is Kind.IDLE else worker.pending_conns
+        return found
+
+    def let_go(self, connection: Any) -> None:
+        """It is another's: close the copy."""
+        self._worker.nr_conns -= 1
+        connection.sock.close()
+
+    def closing(self, connection: Any) -> bool:
+        """Whether it has been closed meanwhile."""
+        return self.fileno(connection) < 0
+
+    def take_in(self, arrivals: Sequence[Arrival]) -> None:
+        """Connections of the old instance are this worker's."""
+        for sock, kind in arrivals:
+            try:
+                connection = TConn(self._worker.cfg, sock, sock.getpeername(), sock.getsockname())
+            except OSError:  # its client has gone
+                sock.close()
+                continue
+            self._worker.nr_conns += 1
+            self.release(connection, kind)
+
+
+class Loop:
+    """What a `Mover` and a `Receiver` need of an event loop, of the worker's own."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._due: deque[Timer] = deque()
+        self._look = worker.murder_keepalived  # comes right after the calls
+        worker.murder_keepalived = self._between
+
+    def _between(self, *args: Any, **kwargs: Any) -> None:
+        for _ in range(len(self._due)):
+            timer = self._due.popleft()
+            if timer.when <= time.monotonic():
+                timer.run()
+            elif timer.callback is not None:
+                self._due.append(timer)
+        self._look(*args, **kwargs)
+
+    def add_reader(self, fd: int, callback: Callable[..., object], *args: Any) -> None:
+        """As asyncio's."""
+        then = functools.partial(callback, *args)
+        self._worker.poller.register(fd, selectors.EVENT_READ, lambda _: self._soon(then))
+
+    def _soon(self, then: Callable[[], object]) -> Timer:
+        timer = Timer(0.0, then)
+        self._due.append(timer)
+        return timer
+
+    def remove_reader(self, fd: int) -> None:
+        """As asyncio's."""
+        self._worker.poller.unregister(fd)
+
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> Timer:
+        """As asyncio's."""
+        timer = self._soon(functools.partial(callback, *args))
+        self._wake()
+        return timer
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Timer:
+        """As asyncio's."""
+        timer = Timer(time.monotonic() + delay, functools.partial(callback, *args))
+        self._due.append(timer)
+        alarm = threading.Timer(delay, self._wake)
+        alarm.daemon = True
+        alarm.start()
+        return timer
+
+    def _wake(self) -> None:
+        self._worker.method_queue.defer(_nothing)
+
+
+class Timer:
+    """A call to come."""
+
+    def __init__(self, when: float, callback: Callable[[], object]) -> None:
+        """`when`: in monotonic seconds."""
+        self.when = when
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        """Do not call it."""
+        self.callback = None
+
+    def run(self) -> None:
+        """Call it, unless it was cancelled."""
+        if self.callback is not None:
+            self.callback()
+
+
+def _nothing(*_: object) -> None:
+    """In the place of what must not happen, and to wake up for."""

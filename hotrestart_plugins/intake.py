@@ -1,0 +1,41 @@
+"""From a socket that has come to a connection of asyncio's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hotrestart_plugins.connections import Arrival, Kind
+
+
+class Intake:
+    """Makes asyncio's connections of the sockets that have come."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        protocol_factory: Callable[[], asyncio.Protocol],
+        idles: Callable[[Any], None],
+    ) -> None:
+        """`idles` is called with the protocol of each whose last request was answered."""
+        self._loop = loop
+        self._factory = protocol_factory
+        self._idles = idles
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def take_in(self, arrivals: Sequence[Arrival]) -> None:
+        """Owns them from here on."""
+        for one in arrivals:
+            task = self._loop.create_task(self._connect(one))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, arrival: Arrival) -> None:
+        try:
+            _, protocol = await self._loop.connect_accepted_socket(self._factory, arrival.sock)
+        except (OSError, ValueError):  # its client has gone; it never was a connection
+            arrival.sock.close()
+            return
+        if arrival.kind is Kind.IDLE:
+            self._idles(protocol)

@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -72,6 +73,8 @@ class DrainingServer(uvicorn.Server):
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
         self._drain_deadline = 0.0
+        self._leaving: weakref.WeakSet[Any] | None = None
+        """The connections that were asked to leave; None: none shall."""
         if self.on_created is not None:
             type(self).on_created(self)  # type: ignore[misc]
 
@@ -163,6 +166,7 @@ class DrainingServer(uvicorn.Server):
         if self._endings is not None:
             self.tally = self._endings.tally(self._moved, cut=False)
         self._mover = self._endings = None
+        self._leaving = None
         drain.clear()
         self.config.encoded_headers = _without_close(self.config.encoded_headers)
         # A list of its own: responses under way keep theirs, and close.
@@ -186,8 +190,21 @@ class DrainingServer(uvicorn.Server):
         self.config.encoded_headers = [*self.config.encoded_headers, CLOSE]
         # Responses under way hold this very list.
         self.server_state.default_headers.append(CLOSE)
-        for connection in self.server_state.connections:
-            ask_to_leave(connection, CLOSE)
+        self._leaving = weakref.WeakSet()
+        self._ask_all_to_leave()
+
+    def _ask_all_to_leave(self) -> None:
+        """Ask each connection once, be it that it only now turns out to be HTTP/2."""
+        if self._leaving is None:
+            return
+        for connection in [
+            one for one in self.server_state.connections if one not in self._leaving
+        ]:
+            self._leaving.add(connection)
+            try:
+                ask_to_leave(connection, CLOSE)
+            except Exception:  # the others, and the drain itself, do not depend on it
+                logger.exception("A connection cannot be told that it closes")
 
     def take_in(self, path: Path) -> None:
         """Listen at `path` for the connections of the instance that this one takes over from."""
@@ -210,6 +227,7 @@ class DrainingServer(uvicorn.Server):
         endings = self._endings or Endings(self.server_state)
         while self._open() and not self.force_exit:
             now = time.monotonic()
+            self._ask_all_to_leave()
             await endings.spread(max(0.0, self._drain_deadline - now), seconds)
             if now >= self._drain_deadline + (_WIND_UP if endings.ended else 0.0):
                 break

@@ -12,13 +12,17 @@ from hotrestart_plugins.tally import Tally
 SPREAD = 0.2  # the last part of a drain, over which long-lived connections are ended
 MOST_SPREAD = 10.0  # seconds; a longer one helps no client
 
+_NO_ERROR = 0  # RFC 9113 section 7
 _MOST_STREAM = 2**31 - 1  # a GOAWAY that only says 'no new ones, please', RFC 9113 section 6.8
 _EVENT_STREAM = b"text/event-stream"
 
 
 def is_websocket(connection: Any) -> bool:
-    """HTTP connections have a request cycle, or several; WebSockets have none."""
-    return not hasattr(connection, "cycle") and not hasattr(connection, "cycles")
+    """HTTP connections have a request cycle, or several; WebSockets have none.
+
+    One that has not said yet whether it is HTTP/1.1 or HTTP/2 has a timeout of its own instead.
+    """
+    return not any(hasattr(connection, name) for name in ("cycle", "cycles", "timeout_task"))
 
 
 def is_idle(connection: Any) -> bool:
@@ -32,7 +36,7 @@ def is_idle(connection: Any) -> bool:
 def ask_to_leave(connection: Any, header: tuple[bytes, bytes]) -> None:
     """Have the answer under way say that the connection closes, by `header` or by GOAWAY."""
     if hasattr(connection, "cycles"):  # HTTP/2: what is on its way is served all the same
-        connection.conn.close(last_stream_id=_MOST_STREAM)
+        connection.conn.close(_NO_ERROR, _MOST_STREAM)
         connection.flush()
         return
     cycle = getattr(connection, "cycle", None)
@@ -76,11 +80,11 @@ class Endings:
             return
         # Its last chunk, so that the client sees the end of the stream and not a cut; the app's
         # receive() then says that the client has gone.
-        cycle = connection.cycle
-        self._tally.streams += 1
-        cycle.keep_alive = False
-        await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
-        cycle.disconnected = True  # what the app sends until it has heard goes nowhere, silently
+        for cycle in _event_streams(connection):
+            self._tally.streams += 1
+            cycle.keep_alive = False
+            await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
+            cycle.disconnected = True  # what the app sends until it has heard goes nowhere
 
     def tally(self, moved: AbstractSet[Any] = frozenset(), *, cut: bool = True) -> Tally:
         """The account, as of now, less what was `moved`; `cut`: what is open is cut off."""
@@ -110,10 +114,20 @@ class Endings:
 
 def _is_long(connection: Any) -> bool:
     """Whether it lasts until somebody ends it: a WebSocket, or an event stream under way."""
-    if is_websocket(connection):
-        return True
-    cycle = getattr(connection, "cycle", None)
-    if cycle is None or cycle.response_complete or not cycle.response_started:
+    return is_websocket(connection) or bool(_event_streams(connection))
+
+
+def _event_streams(connection: Any) -> list[Any]:
+    """Its requests whose answers are event streams, and under way; HTTP/2 can have several."""
+    if hasattr(connection, "cycles"):
+        cycles = list(connection.cycles.values())
+    else:
+        cycles = [getattr(connection, "cycle", None)]
+    return [one for one in cycles if one is not None and _is_event_stream(one)]
+
+
+def _is_event_stream(cycle: Any) -> bool:
+    if cycle.response_complete or not cycle.response_started:
         return False
     accepted = (value for name, value in cycle.scope["headers"] if name == b"accept")
     return any(_EVENT_STREAM in value for value in accepted)

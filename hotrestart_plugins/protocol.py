@@ -516,6 +516,7 @@ class HotRestart:
             return After.NOTHING
         if place.parent_answers() or not os.path.lexists(place.parent_path):
             self.stand_down()
+            self._log.info("pid %s has ended, and leaves nothing to serve again for", pid)
             return After.LEAVE
         self._take_back(place)
         place.stand_down()

@@ -29,6 +29,7 @@ SERVERS: dict[str, tuple[str, ...]] = {
     "uvicorn4": ("hotrestart-uvicorn", "app:app", "--no-access-log", "--workers", "4"),
     "gunicorn sync": ("gunicorn", "wsgi:app", "-k", "sync", "-w", "4"),
     "gunicorn gthread": ("gunicorn", "wsgi:app", "-k", "gthread", "-w", "2", "--threads", "16"),
+    "gunicorn gevent": ("gunicorn", "wsgi:app", "-k", "gevent", "-w", "2"),
     "gunicorn asgi": ("gunicorn", "app:app", "-k", "asgi", "-w", "2"),
     "gunicorn uvicorn": (
         *("gunicorn", "app:app", "-k", "uvicorn_worker.UvicornWorker", "-w", "2"),

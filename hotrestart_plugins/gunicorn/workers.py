@@ -26,6 +26,8 @@ from hotrestart_plugins.tally import Tally
 _KINDS = {
     "gunicorn.workers.sync.SyncWorker": "sync",
     "gunicorn.workers.gthread.ThreadWorker": "gthread",
+    "gunicorn.workers.ggevent.GeventWorker": "gevent",
+    "gunicorn.workers.gtornado.TornadoWorker": "tornado",
     "gunicorn.workers.gasgi.ASGIWorker": "asgi",
     "uvicorn_worker._workers.UvicornWorker": "uvicorn",
     "uvicorn.workers.UvicornWorker": "uvicorn",
@@ -176,6 +178,14 @@ def _gate(kind: str, worker: Any, side: WorkerSide) -> Gate | None:
         from hotrestart_plugins.gunicorn.gthread import ThreadGate  # noqa: PLC0415
 
         return ThreadGate(worker, side)
+    if kind == "gevent":
+        from hotrestart_plugins.gunicorn.gevent import GeventGate  # noqa: PLC0415
+
+        return GeventGate(worker, side.done)
+    if kind == "tornado":
+        from hotrestart_plugins.gunicorn.tornado import TornadoGate  # noqa: PLC0415
+
+        return TornadoGate(worker, side.done)
     if kind == "asgi":
         from hotrestart_plugins.gunicorn.asgi import AsgiGate  # noqa: PLC0415
 

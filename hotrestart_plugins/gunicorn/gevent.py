@@ -1,0 +1,155 @@
+"""The gate of gunicorn's gevent workers: those with gevent's stream server, and with its pywsgi.
+
+gevent accepts in its hub: one callback takes what has come, and leaves a greenlet for each
+connection. What is asked of the servers in a callback of its own finds no accept half done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+from gevent.baseserver import BaseServer
+from gevent.server import StreamServer
+
+from hotrestart_plugins.app import drain
+from hotrestart_plugins.gunicorn.blocking import Closing
+from hotrestart_plugins.gunicorn.channel import Report
+
+_READABLE = 1  # gevent's name for it is in the module of whichever event library is in use
+_ANY = 4096  # bytes that signals have left
+
+
+class GeventGate:
+    """Has the worker make servers that can be paused, and pauses them."""
+
+    def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
+        """After gevent has patched the process, before the worker makes its servers."""
+        self._worker = worker
+        self._done = done
+        self._closing = Closing(worker)
+        self._servers: list[Any] = []
+        self._loop = gevent.get_hub().loop
+        # libev sleeps on when a signal comes just before it begins to. Python writes each signal
+        # into gunicorn's pipe, which nobody has read here.
+        wakeups = worker.PIPE[0]
+        self._wakeups = self._loop.io(wakeups, _READABLE)
+        self._wakeups.start(os.read, wakeups, _ANY)
+        worker.sockets = [_Named(one) for one in worker.sockets]
+        given = worker.server_class
+        if given is None:
+            _replace_server(type(worker), self._server_class(StreamServer))
+        elif issubclass(given, BaseServer):
+            worker.server_class = self._server_class(given)
+
+    def _server_class(self, base: Any) -> Any:
+        gate = self
+
+        class WorkerServer(base):  # type: ignore[misc]
+            """A server of this worker."""
+
+            paused = False
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                gate._servers.append(self)
+
+            def start_accepting(self) -> None:
+                """As gevent's, which calls it whenever a connection has ended, too."""
+                if not self.paused:
+                    super().start_accepting()
+
+            def close(self) -> None:
+                """As gevent's; but a TLS handshake under way still leads to a connection."""
+                handle = vars(self).get("handle")
+                super().close()
+                if handle is not None:
+                    self.handle = handle
+
+        return WorkerServer
+
+    def ready(self) -> None:
+        """The servers are there, unless a class derived from gunicorn's makes others."""
+        if not self._servers:
+            self._worker.log.warning(
+                "Workers of the class %s make servers of their own: at a takeover they are "
+                "stopped at once, and cannot serve again if the new instance dies",
+                self._worker.cfg.worker_class_str,
+            )
+
+    def pause(self) -> None:
+        """From a signal handler, in whichever greenlet runs: what follows is the hub's."""
+        self._loop.run_callback_threadsafe(self._let_go)
+
+    def resume(self) -> None:
+        """The same."""
+        self._loop.run_callback_threadsafe(self._take_up)
+
+    def _let_go(self) -> None:
+        if not self._servers:
+            self._worker.alive = False
+            return
+        self._closing.begin()
+        for server in self._servers:
+            server.paused = True
+            server.stop_accepting()
+            if hasattr(server, "application"):  # pywsgi's: it knows no pre_request
+                server.application = _with_close(self._worker.wsgi)
+        self._done(Report.PAUSED)
+        gevent.spawn(drain.set)  # may wait for a lock, which the hub must not
+
+    def _take_up(self) -> None:
+        if not self._servers:
+            return
+        self._closing.end()
+        for server in self._servers:
+            server.paused = False
+            if server.started:
+                server.start_accepting()
+            if hasattr(server, "application"):
+                server.application = self._worker.wsgi
+        self._done(Report.RESUMED)
+        gevent.spawn(drain.clear)
+
+
+class _Named:
+    """A listener that still knows its name when it is closed.
+
+    gunicorn asks each new connection's listener for it, when TLS is on after the handshake, and
+    would drop those connections whose turn comes when it has closed the listener to stop.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock  # so named that gevent finds its own socket within
+        self._name = sock.getsockname()
+
+    def getsockname(self) -> Any:
+        return self._name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+def _replace_server(worker_class: type, replacement: Any) -> None:
+    """In the modules that define the worker class: its `run` looks the name up there."""
+    for one in worker_class.__mro__:
+        module: Any = sys.modules.get(one.__module__)
+        if getattr(module, "StreamServer", None) is StreamServer:
+            module.StreamServer = replacement
+
+
+def _with_close(app: Callable[..., Any]) -> Callable[..., Any]:
+    """The WSGI app, answering with ``Connection: close``."""
+
+    def closing(environ: Any, start_response: Callable[..., Any]) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+            if not any(name.lower() == "connection" for name, _ in headers):
+                headers = [*headers, ("Connection", "close")]
+            return start_response(status, headers, *exc_info)
+
+        return app(environ, start)
+
+    return closing

@@ -179,7 +179,8 @@ def _descriptors(pid: int) -> collections.Counter[str]:
             if kind:
                 found[kind] += 1
         else:
-            found[re.sub(r":\[\d+\]", "", link)] += 1
+            # Of gunicorn's heartbeat files, each has a name by chance.
+            found[re.sub(r":\[\d+\]|(?<=/wgunicorn-)\w+", "", link)] += 1
     return found
 
 

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
@@ -34,8 +33,8 @@ requests_seen = itertools.count(1)  # next() is atomic: threads need no lock
 
 if FAIL == "import":
     raise RuntimeError("DEMO_FAIL=import: this version cannot be imported")
-if FAIL == "hang":
-    threading.Event().wait()  # DEMO_FAIL=hang: for ever
+while FAIL == "hang":
+    time.sleep(60)  # DEMO_FAIL=hang: for ever, where gevent would notice that no event can come
 
 Environ = dict[str, Any]
 Answer = tuple[str, Iterable[bytes]]  # content type, body

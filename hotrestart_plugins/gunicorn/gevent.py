@@ -62,10 +62,16 @@ class GeventGate:
                 if not self.paused:
                     super().start_accepting()
 
+            def answer_with_close(self) -> None:
+                """For pywsgi, which knows neither `pre_request` nor that the worker ends."""
+                if hasattr(self, "application"):
+                    self.application = _with_close(gate._worker.wsgi)
+
             def close(self) -> None:
                 """As gevent's; but a TLS handshake under way still leads to a connection."""
                 handle = vars(self).get("handle")
                 super().close()
+                self.answer_with_close()
                 if handle is not None:
                     self.handle = handle
 
@@ -73,12 +79,23 @@ class GeventGate:
 
     def ready(self) -> None:
         """The servers are there, unless a class derived from gunicorn's makes others."""
+        self._worker.notify = self._notify
         if not self._servers:
             self._worker.log.warning(
                 "Workers of the class %s make servers of their own: at a takeover they are "
                 "stopped at once, and cannot serve again if the new instance dies",
                 self._worker.cfg.worker_class_str,
             )
+
+    def _notify(self) -> None:
+        """As gunicorn's; but a worker whose master was killed cuts nothing off when it goes."""
+        worker = self._worker
+        parent = os.getppid()
+        if worker.ppid != parent:
+            worker.log.info("Parent changed, shutting down: %s", worker)
+            worker.ppid = parent
+            worker.alive = False
+        type(worker).notify(worker)
 
     def pause(self) -> None:
         """From a signal handler, in whichever greenlet runs: what follows is the hub's."""
@@ -96,8 +113,7 @@ class GeventGate:
         for server in self._servers:
             server.paused = True
             server.stop_accepting()
-            if hasattr(server, "application"):  # pywsgi's: it knows no pre_request
-                server.application = _with_close(self._worker.wsgi)
+            server.answer_with_close()
         self._done(Report.PAUSED)
         gevent.spawn(drain.set)  # may wait for a lock, which the hub must not
 

@@ -10,7 +10,7 @@ import pytest
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
 
 STOPPED = "Stopped accepting"
-WORKERS = ("sync", "gthread", "asgi", "uvicorn")
+WORKERS = ("sync", "gthread", "gevent", "asgi", "uvicorn")
 EACH_WORKER = pytest.mark.parametrize("worker", WORKERS)
 # Of uvicorn's earlier versions with later ones of websockets nobody needs to hear.
 STRICT = {"PYTHONWARNINGS": "error::DeprecationWarning,ignore:websockets:DeprecationWarning"}

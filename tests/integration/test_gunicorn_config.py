@@ -161,10 +161,35 @@ def test_usr2_can_be_gunicorns_own(place: Deploys, address: str) -> None:
     parent.wait_for("Master has been promoted")
 
 
-def test_a_worker_class_that_cannot_pause(place: Deploys, address: str) -> None:
+OWN_WORKER = """
+import os, select
+from gunicorn.workers.base import Worker
+class Own(Worker):
+    def run(self):
+        while self.alive:
+            self.notify()
+            for listener in select.select(self.sockets, [], [], 0.1)[0]:
+                try:
+                    client, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                with client:
+                    client.settimeout(30)
+                    while not client.recv(65536).endswith(b"\\r\\n\\r\\n"):
+                        pass
+                    head = "HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\nX-Served-By: %d\\r\\n\\r\\n"
+                    client.sendall((head % os.getpid()).encode())
+"""
+
+
+def test_a_worker_class_that_cannot_pause(place: Deploys, address: str, tmp_path: Path) -> None:
     """It is said at the start, and such workers are stopped at once."""
-    args = gunicorn("sync", address, "-k", "gevent", "-w", "2")
-    environ = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+    (tmp_path / "own.py").write_text(OWN_WORKER)
+    args = gunicorn("sync", address, "-k", "own.Own", "-w", "2")
+    environ = {
+        "HOTRESTART_ROLLBACK_WINDOW": "60",
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    }
     current = start(place, args, **environ)
     current.wait_for(*UP)
     only_line(current.log, "cannot stop accepting without stopping")

@@ -18,6 +18,7 @@ from gevent.server import StreamServer
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.blocking import Closing
 from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.orphan import leave_without_master
 
 _READABLE = 1  # gevent's name for it is in the module of whichever event library is in use
 _ANY = 4096  # bytes that signals have left
@@ -72,6 +73,7 @@ class GeventGate:
                 handle = vars(self).get("handle")
                 super().close()
                 self.answer_with_close()
+                gevent.spawn(drain.set)  # may wait for a lock, which the hub must not
                 if handle is not None:
                     self.handle = handle
 
@@ -79,23 +81,17 @@ class GeventGate:
 
     def ready(self) -> None:
         """The servers are there, unless a class derived from gunicorn's makes others."""
-        self._worker.notify = self._notify
-        if not self._servers:
+        if self._servers:
+            leave_without_master(self._worker, self._stop)
+        else:
             self._worker.log.warning(
                 "Workers of the class %s make servers of their own: at a takeover they are "
                 "stopped at once, and cannot serve again if the new instance dies",
                 self._worker.cfg.worker_class_str,
             )
 
-    def _notify(self) -> None:
-        """As gunicorn's; but a worker whose master was killed cuts nothing off when it goes."""
-        worker = self._worker
-        parent = os.getppid()
-        if worker.ppid != parent:
-            worker.log.info("Parent changed, shutting down: %s", worker)
-            worker.ppid = parent
-            worker.alive = False
-        type(worker).notify(worker)
+    def _stop(self) -> None:
+        self._worker.alive = False
 
     def pause(self) -> None:
         """From a signal handler, in whichever greenlet runs: what follows is the hub's."""
@@ -107,7 +103,7 @@ class GeventGate:
 
     def _let_go(self) -> None:
         if not self._servers:
-            self._worker.alive = False
+            self._stop()
             return
         self._closing.begin()
         for server in self._servers:
@@ -115,7 +111,7 @@ class GeventGate:
             server.stop_accepting()
             server.answer_with_close()
         self._done(Report.PAUSED)
-        gevent.spawn(drain.set)  # may wait for a lock, which the hub must not
+        gevent.spawn(drain.set)
 
     def _take_up(self) -> None:
         if not self._servers:

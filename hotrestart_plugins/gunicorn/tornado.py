@@ -10,6 +10,7 @@ from typing import Any
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.orphan import leave_without_master
 
 _LOOK = 0.05  # seconds between two looks at what is still open
 _ANY = 4096  # bytes that signals have left
@@ -36,6 +37,7 @@ class TornadoGate:
             self._keeps_alive = not server.conn_params.no_keep_alive
             signal.signal(signal.SIGTERM, self._terminate)
             signal.siginterrupt(signal.SIGTERM, False)
+            leave_without_master(worker, self._leave)
             # The loop sleeps on when a signal comes just before it begins to. Python writes each
             # signal into gunicorn's pipe, which nobody has read here.
             worker.ioloop.add_handler(

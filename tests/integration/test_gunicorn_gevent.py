@@ -255,6 +255,32 @@ def open_sockets(pid: int) -> set[str]:
     return found
 
 
+@EACH
+def test_a_plain_stop_takes_the_same_care(
+    place: Deploys, address: str, tmp_path: Path, worker: str
+) -> None:
+    """SIGTERM without a successor, and a master that is killed: what is open is answered once
+    more, and the app hears of it."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    args = command(worker, address, "-w", "1", *KEEP)
+    args[args.index("wsgi:app")] = "waits:app"
+    env = {**environ(worker, QUICK), "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        instance = up(place, args, **env)
+        (pid,) = workers_of(instance)
+        listener = inode_of_listener(int(address.rpartition(":")[2]))
+        with Connection(address) as unread, Connection(address) as idle:
+            assert not idle.get().closes
+            instance.signal(number)
+            while listener in open_sockets(pid):
+                pass
+            for connection in (unread, idle):
+                answer = connection.get()
+                assert (answer.status, answer.closes, answer.body) == (200, True, b"True")
+                assert connection.at_end()
+        assert instance.wait() in (0, -signal.SIGKILL)
+
+
 WAITS = """
 from hotrestart_plugins.app import drain
 def app(environ, start_response):

@@ -17,6 +17,7 @@ from gunicorn.pidfile import Pidfile
 from hotrestart_plugins import address as addresses
 
 _PERMISSIONS = 0o644  # of gunicorn's own pid file
+_CONTROL_START = 2.0  # seconds that gunicorn gives its control server to start
 
 
 class Identity:
@@ -109,13 +110,21 @@ class Identity:
             self._server._start_control_server()  # noqa: SLF001
 
     def stop_control(self) -> None:
-        """Stop it. gunicorn would remove the path even if it is another's by now."""
+        """Stop it, and end what its clients have open.
+
+        gunicorn would wait two seconds for them, and again when they leave remove the path, which
+        is another instance's by then.
+        """
         control = self._server._control_server  # noqa: SLF001
         if control is None:
             return
-        path = addresses.unix(os.path.abspath(control.socket_path))
-        if addresses.holder(path) != f"pid {os.getpid()}":
-            control.socket_path += f".{os.getpid()}"  # a path that is not there
+        control._ready.wait(_CONTROL_START)  # noqa: SLF001  # it binds in a thread
+        path = os.path.abspath(control.socket_path)
+        if addresses.holder(addresses.unix(path)) == f"pid {os.getpid()}":
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        control.socket_path += f".{os.getpid()}"  # a path that is not there
+        control._shutdown = _end_every_task  # noqa: SLF001
         self._server._stop_control_server()  # noqa: SLF001
 
     # -- systemd -------------------------------------------------------------------------------
@@ -124,6 +133,14 @@ class Identity:
         """Tell systemd which process is the main one."""
         state = f"READY=1\nMAINPID={os.getpid()}\nSTATUS={status}"
         systemd.sd_notify(state, self._server.log)
+
+
+def _end_every_task() -> None:
+    """In the thread of the control server."""
+    import asyncio  # noqa: PLC0415  # loaded by the control server, and not before gevent patches it
+
+    for task in asyncio.all_tasks():
+        task.cancel()
 
 
 def _replace(path: str, content: bytes) -> None:

@@ -69,9 +69,12 @@ class Wakeups:
         signal.setitimer(signal.ITIMER_REAL, max(_SOONEST, min(ahead) - now) if ahead else 0)
 
     def close(self) -> None:
-        """No more deadlines."""
+        """No more deadlines, and nothing is watched any more."""
         self._deadlines.clear()
         signal.setitimer(signal.ITIMER_REAL, 0)
+        # A process that gunicorn forks without a word to us, its dirty arbiter, shares the watched
+        # pipe, whose owner this one is to its end: Python would let SIGIO kill it in its last steps.
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
 
 
 def forget_in_worker() -> None:

@@ -23,7 +23,7 @@ from gunicorn.errors import HaltServer
 
 from hotrestart_plugins import address as addresses
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
-from hotrestart_plugins.gunicorn import workers
+from hotrestart_plugins.gunicorn import dirty, workers
 from hotrestart_plugins.gunicorn.channel import Channel, Report
 from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.listeners import Listeners
@@ -281,6 +281,7 @@ class Instance:
     def _no_way_back(self) -> None:
         if self.server.reexec_pid == 0:
             self.server.reexec_pid = -1
+        dirty.outlives_workers(self.server)
         reap = type(self.server).reap_workers
 
         def reap_all() -> None:

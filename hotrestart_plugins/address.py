@@ -76,12 +76,21 @@ class Address:
 
 
 def unix(path: str) -> Address:
-    """The address of a Unix socket; ``@name`` is abstract. Relative paths start here and now."""
+    """The address of a Unix socket; ``@name`` is abstract.
+
+    A relative path starts here and now. Where its directory lies is told without links: the next
+    instance may come from another release of the app, with a link to the same directory.
+    """
     if not path or path == "@":
         raise AddressError(f"{path!r} is no Unix socket path: give unix:/run/app.sock")
     if "\0" in path:
         raise AddressError(f"{path!r} holds a NUL byte: write an abstract socket as unix:@name")
-    whole = path if path.startswith("@") else os.path.abspath(path)
+    whole = path
+    if not path.startswith(("@", "/")):
+        directory, name = os.path.split(path)
+        whole = os.path.join(os.path.realpath(directory), name)
+    elif not path.startswith("@"):
+        whole = os.path.abspath(path)
     size = len(os.fsencode(whole))
     if size > MAX_UNIX_PATH:
         raise AddressError(

@@ -49,6 +49,16 @@ def test_a_relative_path_starts_here(monkeypatch: pytest.MonkeyPatch, meet: Path
     assert parse("unix:app.sock")[0].name == f"{os.getcwd()}/app.sock"
 
 
+def test_a_relative_path_is_told_without_links(monkeypatch: pytest.MonkeyPatch, meet: Path) -> None:
+    """Two releases with a link each to the same directory mean the same socket."""
+    (meet / "shared").mkdir()
+    for release in ("1", "2"):
+        (meet / release).mkdir()
+        (meet / release / "run").symlink_to(meet / "shared")
+        monkeypatch.chdir(meet / release)
+        assert parse("unix:run/app.sock")[0].name == f"{meet.resolve()}/shared/app.sock"
+
+
 def test_no_host_is_every_interface() -> None:
     """`:port` stands for every interface, each family by itself, IPv4 first."""
     assert next(found.name for found in parse(":8000")) == "0.0.0.0:8000"

@@ -123,7 +123,7 @@ def address_of(bind: tuple[str, int] | str) -> Address:
         if bind.startswith("\0"):
             return addresses.unix("@" + bind[1:])
         # unix:@name is a file of that name to gunicorn.
-        return addresses.unix(os.path.abspath(bind))
+        return addresses.unix(f"./{bind}" if bind.startswith("@") else bind)
     host, port = bind
     family = socket.AF_INET6 if util.is_ipv6(host) else socket.AF_INET
     if not host:

@@ -72,8 +72,8 @@ class Wakeups:
         """No more deadlines, and nothing is watched any more."""
         self._deadlines.clear()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        # A process that gunicorn forks without a word to us, its dirty arbiter, shares the watched
-        # pipe, whose owner this one is to its end: Python would let SIGIO kill it in its last steps.
+        # Processes that gunicorn forks without a word to us, its dirty arbiter's, share the watched
+        # pipe. They may end later, and at its very end Python would let SIGIO kill this one.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
+from demo_app.deploys import DEADLINE, TOOK_OVER, UP, DeployError, Deploys, Instance, command
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STOPPED = "Stopped accepting"
 WORKERS = ("sync", "gthread", "gevent", "asgi", "uvicorn")
@@ -65,3 +74,55 @@ def workers_of(instance: Instance) -> set[int]:
 def only_line(log: str, text: str) -> str:
     (line,) = [line for line in log.splitlines() if text in line]
     return line
+
+
+def children_of(pid: int) -> set[int]:
+    """The workers that a master has, by the kernel's word."""
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def parent_of(pid: int) -> int:
+    """A worker's master."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Look until it is; for what nobody announces."""
+    limit = time.monotonic() + DEADLINE
+    while not true():
+        assert time.monotonic() < limit
+
+
+class Daemons:
+    """gunicorn's daemons, which have a session of their own; ended with the `with`."""
+
+    def __init__(self, place: Deploys, args: list[str], pid_file: Path) -> None:
+        self._place = place
+        # What a daemon says can be read then, and that it has gone.
+        self._args = [*args, "--daemon", "--pid", str(pid_file), "--enable-stdio-inheritance"]
+        self._pid_file = pid_file
+        self._pidfds: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for pidfd in self._pidfds:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+
+    def start(self, said: str) -> tuple[Instance, int]:
+        """One that has said this: who started it, with its log, and its pid."""
+        launcher = start(self._place, self._args, **QUICK)
+        assert launcher.wait() == 0
+        launcher.wait_for(said)
+        pid = int(self._pid_file.read_text())
+        self._pidfds.append(os.pidfd_open(pid))
+        return launcher, pid
+
+
+def wait_for_end(launcher: Instance) -> None:
+    """Until no process holds the output of it: of a daemon's, none is left."""
+    with pytest.raises(DeployError, match="ended without"):
+        launcher.wait_for("no such line")

@@ -28,6 +28,16 @@ class Tally:
     cut_tasks: int = 0
     """Background tasks, likewise."""
 
+    @classmethod
+    def by_numbers(cls, before: int, left: int, answers: int, moved: int = 0) -> Tally:
+        """Where only numbers are known: of connections before and now, and of answers since.
+
+        Each answer closes its connection, so those that ended without one were idle.
+        """
+        ended = max(0, before - left - moved)
+        finished = min(answers, ended)
+        return cls(requests=answers, finished=finished, moved=moved, idle=ended - finished)
+
     def __add__(self, other: Tally) -> Tally:
         """The sum, of several workers."""
         mine, theirs = asdict(self), asdict(other)

@@ -201,9 +201,7 @@ class AsgiGate:
         left, busy, websockets = len(self._connections), self._busy_now(), self._websockets()
         moved = len(self._mover.moved) if self._mover is not None else 0
         answers = max(0, self._busy + self._closing.requests - busy)
-        ended = max(0, self._open - left - moved)
-        finished = min(answers, ended)
-        tally = Tally(requests=answers, finished=finished, moved=moved, idle=ended - finished)
+        tally = Tally.by_numbers(self._open, left, answers, moved)
         if not self._worker.alive:
             tally.cut_requests, tally.cut_websockets = busy - websockets, websockets
             tally.cut_idle = left - busy

@@ -13,7 +13,7 @@ import os
 import socket
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gunicorn import http
 from gunicorn.glogging import Logger
@@ -23,15 +23,18 @@ from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.tally import Tally
 
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.workers import WorkerSide
+
 _NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
 
 
 class SyncGate:
     """The sync worker: one request, one connection, at a time."""
 
-    def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
+    def __init__(self, worker: Any, side: WorkerSide) -> None:
         self._worker = worker
-        self._done = done
+        self._side = side
         self._closing = Closing(worker)
         self._paused = False
         self._telling = allocate_lock()
@@ -45,7 +48,7 @@ class SyncGate:
         self._worker.wait_fds = [self._worker.PIPE[0]]
         self._closing.begin()
         self._tell_app(paused=True)
-        self._done(Report.PAUSED)
+        self._side.done(Report.PAUSED)
 
     def resume(self) -> None:
         """The same the other way round."""
@@ -53,7 +56,7 @@ class SyncGate:
         self._worker.wait_fds = [*self._worker.sockets, self._worker.PIPE[0]]
         self._closing.end()
         self._tell_app(paused=False)
-        self._done(Report.RESUMED)
+        self._side.done(Report.RESUMED)
 
     def _tell_app(self, *, paused: bool) -> None:
         # From a thread: the signal may have interrupted the app in the midst of what `drain`, or

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent.baseserver import BaseServer
@@ -19,6 +19,10 @@ from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.blocking import Closing
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.gunicorn.orphan import leave_without_master
+from hotrestart_plugins.tally import Tally
+
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _READABLE = 1  # gevent's name for it is in the module of whichever event library is in use
 _ANY = 4096  # bytes that signals have left
@@ -27,12 +31,13 @@ _ANY = 4096  # bytes that signals have left
 class GeventGate:
     """Has the worker make servers that can be paused, and pauses them."""
 
-    def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
+    def __init__(self, worker: Any, side: WorkerSide) -> None:
         """After gevent has patched the process, before the worker makes its servers."""
         self._worker = worker
-        self._done = done
+        self._side = side
         self._closing = Closing(worker)
         self._servers: list[Any] = []
+        self._open = 0
         self._loop = gevent.get_hub().loop
         # libev sleeps on when a signal comes just before it begins to. Python writes each signal
         # into gunicorn's pipe, which nobody has read here.
@@ -106,11 +111,12 @@ class GeventGate:
             self._stop()
             return
         self._closing.begin()
+        self._open = self._connections()
         for server in self._servers:
             server.paused = True
             server.stop_accepting()
             server.answer_with_close()
-        self._done(Report.PAUSED)
+        self._side.done(Report.PAUSED)
         gevent.spawn(drain.set)
 
     def _take_up(self) -> None:
@@ -123,8 +129,19 @@ class GeventGate:
                 server.start_accepting()
             if hasattr(server, "application"):
                 server.application = self._worker.wsgi
-        self._done(Report.RESUMED)
+        self._side.done(Report.RESUMED)
         gevent.spawn(drain.clear)
+
+    def _connections(self) -> int:
+        return sum(len(server.pool) for server in self._servers if server.pool is not None)
+
+    def tally(self) -> Tally:
+        """By the number of connections, and of answers, which pywsgi's are not told of."""
+        left = self._connections()
+        tally = Tally.by_numbers(self._open, left, self._closing.answers)
+        if not self._worker.alive:
+            tally.cut_requests = left
+        return tally
 
 
 class _Named:

@@ -139,9 +139,7 @@ class ThreadGate:
         """By the number of connections, and of answers: each but the first of one closes it."""
         left, answers = self._worker.nr_conns, self._closing.answers
         moved = len(self._mover.moved) if self._mover is not None else 0
-        ended = max(0, self._open - left - moved)
-        finished = min(answers, ended)
-        tally = Tally(requests=answers, finished=finished, moved=moved, idle=ended - finished)
+        tally = Tally.by_numbers(self._open, left, answers, moved)
         if not self._worker.alive:
             parked = len(self._worker.keepalived_conns) + len(self._worker.pending_conns)
             tally.cut_idle, tally.cut_requests = parked, max(0, left - parked)

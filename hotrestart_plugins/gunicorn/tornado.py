@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.gunicorn.orphan import leave_without_master
+from hotrestart_plugins.tally import Tally
+
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _LOOK = 0.05  # seconds between two looks at what is still open
 _ANY = 4096  # bytes that signals have left
@@ -19,14 +22,15 @@ _ANY = 4096  # bytes that signals have left
 class TornadoGate:
     """Takes the listeners out of tornado's loop, and puts them back."""
 
-    def __init__(self, worker: Any, done: Callable[[Report], None]) -> None:
+    def __init__(self, worker: Any, side: WorkerSide) -> None:
         """After the worker has set its signals, before it makes its server."""
         self._worker = worker
-        self._done = done
+        self._side = side
         self._server: Any = None
         self._paused = False
         self._leaving = False
         self._keeps_alive = True
+        self._open = 0
 
     def ready(self) -> None:
         """The server is there, unless a class derived from gunicorn's makes another."""
@@ -63,7 +67,7 @@ class TornadoGate:
             self._worker.alive = False
             return
         self._let_go()
-        self._done(Report.PAUSED)
+        self._side.done(Report.PAUSED)
 
     def _resume(self) -> None:
         if self._server is None or self._leaving:
@@ -72,7 +76,7 @@ class TornadoGate:
         self._server.conn_params.no_keep_alive = not self._keeps_alive
         self._server.add_sockets(self._worker.sockets)
         drain.clear()
-        self._done(Report.RESUMED)
+        self._side.done(Report.RESUMED)
 
     def _let_go(self) -> None:
         """As HTTPServer.stop(), which closes the listeners besides."""
@@ -80,12 +84,22 @@ class TornadoGate:
             return
         self._paused = True
         server = self._server
+        self._open = len(server._connections)  # noqa: SLF001
         for remove in server._handlers.values():  # noqa: SLF001
             remove()
         server._handlers.clear()  # noqa: SLF001
         server._sockets.clear()  # noqa: SLF001
         server.conn_params.no_keep_alive = True  # all connections look at this one
         drain.set()
+
+    def tally(self) -> Tally:
+        """By the number of connections: tornado counts no answers."""
+        left = len(self._server._connections) if self._server is not None else 0  # noqa: SLF001
+        ended = max(0, self._open - left)
+        tally = Tally.by_numbers(self._open, left, ended)
+        if not self._worker.alive:
+            tally.cut_requests = left
+        return tally
 
     # -- SIGTERM -------------------------------------------------------------------------------
 

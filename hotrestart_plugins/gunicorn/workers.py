@@ -6,6 +6,7 @@ do not use. How to stop accepting is each worker class's own affair: a `Gate` fo
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import signal
@@ -33,6 +34,14 @@ _KINDS = {
     "uvicorn.workers.UvicornWorker": "uvicorn",
 }
 
+_GATES = {
+    "sync": ("blocking", "SyncGate"),
+    "gthread": ("gthread", "ThreadGate"),
+    "gevent": ("gevent", "GeventGate"),
+    "tornado": ("tornado", "TornadoGate"),
+    "asgi": ("asgi", "AsgiGate"),
+    "uvicorn": ("uvicorn_worker", "UvicornGate"),
+}
 _WITH_A_LOOP = ("asgi", "uvicorn")
 
 
@@ -43,7 +52,10 @@ def kind_of(worker_class: type) -> str:
 
 
 class Gate(Protocol):
-    """What lets connections into one worker. Calls come in the worker's main thread."""
+    """What lets connections into one worker; made with the worker and its `WorkerSide`.
+
+    Calls come in the worker's main thread.
+    """
 
     def ready(self) -> None:
         """The worker has entered its loop."""
@@ -73,6 +85,7 @@ class WorkerSide:
         self._gate: Gate | None = None
         self._paused = False
         self._looking = False
+        self._graceful = worker.cfg.graceful_timeout
         self._drain_ends = 0.0
 
     def forked(self) -> None:
@@ -125,9 +138,13 @@ class WorkerSide:
 
     def _follow(self, gate: Gate) -> None:
         if self._paused:
-            self._drain_ends = time.monotonic() + self.settings.drain_timeout
+            drain = self.settings.drain_timeout
+            self._drain_ends = time.monotonic() + drain
+            # For a stop that does not ask for the exact time that is left.
+            self._worker.cfg.set("graceful_timeout", max(1, round(drain)))
             gate.pause()
         else:
+            self._worker.cfg.set("graceful_timeout", self._graceful)
             gate.resume()
 
     def fail(self, error: NotReady) -> NoReturn:
@@ -169,29 +186,9 @@ class WorkerSide:
 
 
 def _gate(kind: str, worker: Any, side: WorkerSide) -> Gate | None:
-    # Imported where they are needed: a worker of one class has no use for another's libraries.
-    if kind == "sync":
-        from hotrestart_plugins.gunicorn.blocking import SyncGate  # noqa: PLC0415
-
-        return SyncGate(worker, side.done)
-    if kind == "gthread":
-        from hotrestart_plugins.gunicorn.gthread import ThreadGate  # noqa: PLC0415
-
-        return ThreadGate(worker, side)
-    if kind == "gevent":
-        from hotrestart_plugins.gunicorn.gevent import GeventGate  # noqa: PLC0415
-
-        return GeventGate(worker, side.done)
-    if kind == "tornado":
-        from hotrestart_plugins.gunicorn.tornado import TornadoGate  # noqa: PLC0415
-
-        return TornadoGate(worker, side.done)
-    if kind == "asgi":
-        from hotrestart_plugins.gunicorn.asgi import AsgiGate  # noqa: PLC0415
-
-        return AsgiGate(worker, side)
-    if kind == "uvicorn":
-        from hotrestart_plugins.gunicorn.uvicorn_worker import UvicornGate  # noqa: PLC0415
-
-        return UvicornGate(worker, side)
-    return None
+    if not kind:
+        return None
+    # Imported where it is needed: a worker of one class has no use for another's libraries.
+    module, name = _GATES[kind]
+    gate: Gate = getattr(importlib.import_module(f"{__package__}.{module}"), name)(worker, side)
+    return gate

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 _NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
 
 
+def _no_accept() -> NoReturn:
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
 class SyncGate:
     """The sync worker: one request, one connection, at a time."""
 
@@ -36,6 +40,8 @@ class SyncGate:
         self._worker = worker
         self._side = side
         self._closing = Closing(worker)
+        self._master = _Master(side.lifeline)
+        worker.wait_fds.append(self._master)
         self._paused = False
         self._telling = allocate_lock()
 
@@ -45,7 +51,7 @@ class SyncGate:
     def pause(self) -> None:
         """The signal has woken select() through the worker's pipe, and leads it to these."""
         refuse(self._worker.sockets)
-        self._worker.wait_fds = [self._worker.PIPE[0]]
+        self._worker.wait_fds = [self._worker.PIPE[0], self._master]
         self._closing.begin()
         self._tell_app(paused=True)
         self._side.done(Report.PAUSED)
@@ -53,7 +59,7 @@ class SyncGate:
     def resume(self) -> None:
         """The same the other way round."""
         accept(self._worker.sockets)
-        self._worker.wait_fds = [*self._worker.sockets, self._worker.PIPE[0]]
+        self._worker.wait_fds = [*self._worker.sockets, self._worker.PIPE[0], self._master]
         self._closing.end()
         self._tell_app(paused=False)
         self._side.done(Report.RESUMED)
@@ -71,6 +77,22 @@ class SyncGate:
     def tally(self) -> Tally:
         """Whoever ends is done with its only connection; who is killed says nothing."""
         return Tally(requests=self._closing.answers, finished=self._closing.answers)
+
+
+class _Master:
+    """What ends the wait of a worker whose master was killed; else it goes on for half a minute.
+
+    gunicorn takes it for a listener, and then looks for its master.
+    """
+
+    accept = staticmethod(_no_accept)
+
+    def __init__(self, lifeline: int) -> None:
+        self._lifeline = lifeline
+
+    def fileno(self) -> int:
+        """A descriptor that is ready once the master has ended."""
+        return self._lifeline
 
 
 class Closing:
@@ -164,10 +186,6 @@ def _does_nothing(worker: Any) -> bool:
         and error_log is not None
         and not error_log.isEnabledFor(logging.DEBUG)
     )
-
-
-def _no_accept() -> NoReturn:
-    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def refuse(listeners: list[Any]) -> None:

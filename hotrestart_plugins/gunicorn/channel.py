@@ -73,6 +73,11 @@ class Channel:
                     found.append(Message(Report(what), pid, Tally(*counts)))
         return found
 
+    @property
+    def lifeline(self) -> int:
+        """A worker's end of the pipe: select(2) finds it ready when nobody can read the other."""
+        return self._write
+
     def forked(self) -> None:
         """In a worker: close the arbiter's end."""
         if self._read >= 0:

@@ -160,6 +160,11 @@ class WorkerSide:
         self._channel.report(what, tally)
 
     @property
+    def lifeline(self) -> int:
+        """A descriptor that is ready for reading once the master has ended."""
+        return self._channel.lifeline
+
+    @property
     def seconds_left(self) -> int:
         """That a stop may take: of the drain since the pause, or what gunicorn was told."""
         if not self._paused:

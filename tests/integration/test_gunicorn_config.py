@@ -334,7 +334,8 @@ def _descriptors(pid: int) -> list[str]:
 @EACH_WORKER
 def test_workers_of_a_killed_master_leave(place: Deploys, address: str, worker: str) -> None:
     """They would go on to serve the old code, on a listener that others share."""
-    args = gunicorn(worker, address, "-w", "1", "--timeout", "4")
+    # An idle sync worker would look for its master after half of this time.
+    args = gunicorn(worker, address, "-w", "1", "--timeout", "240")
     instance = up(place, args)
     (pid,) = workers_of(instance)
     pidfd = os.pidfd_open(pid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -126,3 +127,14 @@ def wait_for_end(launcher: Instance) -> None:
     """Until no process holds the output of it: of a daemon's, none is left."""
     with pytest.raises(DeployError, match="ended without"):
         launcher.wait_for("no such line")
+
+
+def kill(instance: Instance) -> None:
+    """SIGKILL, and wait until its workers have gone, as they do by themselves."""
+    with contextlib.ExitStack() as stack:
+        ends = [os.pidfd_open(pid) for pid in workers_of(instance)]
+        for fd in ends:
+            stack.callback(os.close, fd)
+        instance.signal(signal.SIGKILL)
+        for fd in ends:
+            assert select.select([fd], [], [], DEADLINE)[0], "a worker without a master stays"

@@ -21,6 +21,7 @@ from tests.integration.gunicorns import (
     WINDOW,
     WORKERS,
     gunicorn,
+    kill,
     only_line,
     own_config,
     start,
@@ -104,12 +105,10 @@ def test_the_parent_serves_again_if_its_successor_dies_in_the_window(
     child = start(place, args, **WINDOW)
     child.wait_for(TOOK_OVER)
     parent.wait_for(STOPPED)
-    child.signal(signal.SIGKILL)
+    kill(child)
     parent.wait_for("this instance serves again")
     parent.wait_for("Accepting again")
     assert int(pid_file.read_text()) == parent.pid
-    while child.owns(ask(address).pid):  # workers of a killed master leave by themselves
-        pass
     with LoadProcess(address, Mix(one_shot=4, keep_alive=4)) as load:
         load.wait(answers=200)
         start(place, args, **QUICK).wait_for(TOOK_OVER)
@@ -133,10 +132,8 @@ def test_rolled_back_connections_are_kept_alive_again(
     child = start(place, args, **WINDOW)
     child.wait_for(TOOK_OVER)
     parent.wait_for(STOPPED)
-    child.signal(signal.SIGKILL)
+    kill(child)
     parent.wait_for("Accepting again")
-    while child.owns(ask(address).pid):
-        pass
     with Connection(address) as connection:
         assert not connection.get().closes
         assert not connection.get().closes

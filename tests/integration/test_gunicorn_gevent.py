@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import ssl
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from demo_app.deploys import DEADLINE, TOOK_OVER, UP, Deploys, Instance
+from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance
 from demo_app.load import LoadProcess, Mix
 from tests.integration.gunicorns import (
     INSTALL,
@@ -22,6 +21,7 @@ from tests.integration.gunicorns import (
     STOPPED,
     WINDOW,
     gunicorn,
+    kill,
     only_line,
     own_config,
     start,
@@ -43,17 +43,6 @@ def command(worker: str, address: str, *more: str) -> list[str]:
 def environ(worker: str, basis: dict[str, str]) -> dict[str, str]:
     """gunicorn's tornado worker begins with a call that tornado has deprecated."""
     return {**basis, "PYTHONWARNINGS": ""} if worker == "tornado" else basis
-
-
-def kill(instance: Instance) -> None:
-    """SIGKILL, and wait until its workers have gone, as they do by themselves."""
-    with contextlib.ExitStack() as stack:
-        ends = [os.pidfd_open(pid) for pid in workers_of(instance)]
-        for fd in ends:
-            stack.callback(os.close, fd)
-        instance.signal(signal.SIGKILL)
-        for fd in ends:
-            assert select.select([fd], [], [], DEADLINE)[0], "a worker without a master stays"
 
 
 @EACH

@@ -18,13 +18,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from demo_app.deploys import (
-    DEADLINE,
-    TOOK_OVER,
-    UP,
-    Deploys,
-    free_port,
-)
+from demo_app.deploys import DEADLINE, TOOK_OVER, UP, Deploys, Instance, free_port
 from demo_app.load import LoadProcess, Mix
 from tests.integration.gunicorns import (
     EACH_WORKER,
@@ -86,6 +80,10 @@ def test_the_pid_file_names_who_serves_at_every_instant(
     args = gunicorn("sync", address, "-w", "1", "--pid", str(path))
     first = up(place, args)
     with Follower(path) as seen:
+
+        def names(instance: Instance) -> bool:
+            return seen[-1:] == [f"{instance.pid}\n"]
+
         second = start(place, args, **WINDOW)
         second.wait_for(TOOK_OVER)
         assert first.wait() == 0
@@ -93,11 +91,13 @@ def test_the_pid_file_names_who_serves_at_every_instant(
         third = start(place, args, **WINDOW)
         third.wait_for(TOOK_OVER)
         second.wait_for(STOPPED)
+        until(lambda: names(third))
         third.signal(signal.SIGKILL)
         second.wait_for("Accepting again")
+        until(lambda: names(second))
         fourth = start(place, args, **QUICK)
         fourth.wait_for(TOOK_OVER)
-        assert path.read_text() == f"{fourth.pid}\n"
+        until(lambda: names(fourth))
     assert seen == [f"{one.pid}\n" for one in (first, second, third, second, fourth)]
 
 
@@ -202,9 +202,7 @@ def test_each_instance_has_a_dirty_arbiter_of_its_own(
     second.wait_for(STOPPED)
     third.signal(signal.SIGKILL)
     second.wait_for("Accepting again")
-    third.wait_for("Dirty arbiter exiting")
-    while third.owns(ask(address).pid):
-        pass
+    wait_for_end(third)
     assert second.owns(ask(address).pid)
     assert second.stop() == 0
     assert list(temporary.iterdir()) == []

@@ -185,7 +185,10 @@ class Succession:
             return
         wanted = Report.PAUSED if self._phase is Phase.PAUSED else Report.RESUMED
         self._awaited -= {one.pid for one in reports if one.what is wanted}
-        self._awaited &= self._server.WORKERS.keys()
+        gone = self._awaited - self._server.WORKERS.keys()
+        if gone and wanted is Report.RESUMED:
+            self._keep_count()  # they were leaving when they were called back
+        self._awaited -= gone
         if self._awaited:
             return
         if wanted is Report.RESUMED:

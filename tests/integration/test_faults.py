@@ -46,8 +46,6 @@ CHILD = [
     ("sendmsg", 2),  # the word to go
     ("unlink,unlinkat", 1),
 ]
-# strace does not always stop a process at its rename.
-STOPS = [one for one in CHILD if not one[0].startswith("rename")]
 PARENT = [
     ("recvmsg", 1),  # the request
     ("sendmsg", 1),
@@ -59,18 +57,30 @@ PARENT = [
 def injected(args: list[str], where: Path, calls: str, what: str, when: int) -> list[str]:
     """The command under strace; only calls that touch the meeting directory, where that tells."""
     names = ",".join(f"?{call}" for call in calls.split(","))
-    paths: list[str] = []
-    if calls in ("unlink,unlinkat", "rename,renameat,renameat2", "link,linkat"):
-        for name in ("volo_hot_restart_parent.sock", "volo_hot_restart_child.sock"):
-            paths += ["-P", str(where / name)]
+    files: list[str] = []
+    if calls in ("unlink,unlinkat", "link,linkat"):
+        files = ["volo_hot_restart_parent.sock", "volo_hot_restart_child.sock"]
+    renames = calls == "rename,renameat,renameat2"
+    if renames:  # of whose paths strace looks at the first: the name before, with the pid in it
+        files = ["new.$$"]
     if calls == "fcntl":
-        paths += ["-P", str(where / "lock")]
-    # Quicker, but with it a stopped process cannot be told from one that strace looks at.
-    quick = [] if what == "signal=STOP" else ["--seccomp-bpf"]
-    return [
-        *("strace", "-f", *quick, "-qq", "-o", "/dev/null", "-e", f"trace={names}", *paths),
-        *("-e", f"inject={names}:{what}:when={when}", *args),
-    ]
+        files = ["lock"]
+    # -D: the command keeps the pid of the shell that turns into it. --seccomp-bpf: quicker, but it
+    # loses the signals that are to be injected, and goes without -D.
+    how = "-D" if renames else "--seccomp-bpf" if what.startswith("error") else ""
+    paths = " ".join(f'-P "$0/{file}"' for file in files)
+    script = (
+        f"exec strace -f {how} -qq -o \"$0.trace\" -e 'trace={names}' {paths} "
+        f"-e 'inject={names}:{what}:when={when}' \"$@\""
+    )
+    return ["sh", "-c", script, str(where), *args]
+
+
+def was_hit(instance: Instance, where: Path, what: str) -> bool:
+    """Whether the fault has come to pass: a call that is not made proves nothing."""
+    if what == "signal=KILL":
+        return instance.wait() == -signal.SIGKILL
+    return "(INJECTED)" in Path(f"{where}.trace").read_text()
 
 
 def serving(place: Deploys, address: str) -> tuple[Instance, list[str]]:
@@ -116,6 +126,7 @@ def test_the_child_fails(place: Deploys, calls: str, when: int, what: str) -> No
                 lines = [line for line in child.log.splitlines() if "failed" in line]
                 assert len(lines) == 1, child.log
                 assert "Traceback" not in child.log
+        assert was_hit(child, place.directory / "meet", what)
         load.wait(answers=50)
         the_next_one_takes_over(place, address, args)
         load.wait(answers=50)
@@ -127,7 +138,7 @@ def test_the_child_fails(place: Deploys, calls: str, when: int, what: str) -> No
     assert parent.wait() == 0, parent.log
 
 
-@pytest.mark.parametrize(("calls", "when"), STOPS)
+@pytest.mark.parametrize(("calls", "when"), CHILD)
 def test_the_child_is_stopped_for_a_while(place: Deploys, calls: str, when: int) -> None:
     """Nobody serves worse for it, and it takes over when it goes on, or gives up."""
     address = f"127.0.0.1:{free_port()}"
@@ -150,16 +161,16 @@ def test_the_child_is_stopped_for_a_while(place: Deploys, calls: str, when: int)
     assert parent.wait() == 0, parent.log
 
 
-def stopped_process(strace: Instance) -> int:
+def stopped_process(instance: Instance) -> int:
     """Wait until a process of this session is stopped; its pid."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for status in Path("/proc").glob("[0-9]*/status"):
             pid = int(status.parent.name)
-            if pid != strace.pid and strace.owns(pid) and _stays_stopped(status):
+            if instance.owns(pid) and _stays_stopped(status):
                 return pid
-        assert strace.running, strace.log
-    raise AssertionError(f"nothing has stopped: {strace.log}")
+        assert instance.running, instance.log
+    raise AssertionError(f"nothing has stopped: {instance.log}")
 
 
 def _stays_stopped(status: Path) -> bool:
@@ -201,6 +212,7 @@ def test_the_parent_fails(place: Deploys, calls: str, when: int, what: str) -> N
             assert what.startswith("error")
             assert child.wait() == 75
             assert re.search(r"did not answer .* serves on", child.log)
+        assert was_hit(parent, place.directory / "meet", what)
         load.wait(answers=50)
         the_next_one_takes_over(place, address, args)
         report = load.stop()

@@ -270,7 +270,8 @@ def busy(clients: int, takeovers: int, way: str, server: str, more: list[str]) -
         address = (
             f"unix:{place.directory}/app.sock" if way == "unix" else f"127.0.0.1:{free_port()}"
         )
-        line = command(server, address, *more)
+        # Four processes that import the app at once, on a busy machine, take their time.
+        line = command(server, address, "--timeout-worker-healthcheck", "60", *more)
         current = place.start(line, HOTRESTART_ROLLBACK_WINDOW="0")
         current.wait_for(*UP)
         moved = 0

@@ -71,10 +71,16 @@ def number(request: Request, name: str, default: float, most: float) -> float:
         raise HTTPException(400, f"{name} is not a number") from None
 
 
-async def who(_request: Request) -> JSONResponse:
-    requests = SaysWhoAnswered.requests
+async def who(request: Request) -> JSONResponse:
     return JSONResponse(
-        {"pid": os.getpid(), "version": VERSION, "since": SINCE, "requests": requests}
+        {
+            "pid": os.getpid(),
+            "version": VERSION,
+            "since": SINCE,
+            "requests": SaysWhoAnswered.requests,
+            # The same for as long as the client's connection lives; none over a Unix socket.
+            "client_port": request.client.port if request.client else None,
+        }
     )
 
 

@@ -51,8 +51,13 @@ def json_answer(**fields: object) -> Answer:
 
 
 def who(environ: Environ) -> Answer:
+    port = environ.get("REMOTE_PORT")
     return json_answer(
-        pid=os.getpid(), version=VERSION, since=SINCE, requests=environ["demo.request"]
+        pid=os.getpid(),
+        version=VERSION,
+        since=SINCE,
+        requests=environ["demo.request"],
+        client_port=int(port) if port else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -10,9 +12,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import uvicorn
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
+from hotrestart_plugins import connections, moving
+from hotrestart_plugins.connections import Successor
+from hotrestart_plugins.draining import DrainingServer
 from tests.integration.raw import Connection, ask, request
 
 STOPPED = "Stopped accepting"
@@ -217,3 +223,50 @@ def test_a_thousand_connections_go_in_one_go(place: Deploys, address: str) -> No
             assert outcome(place, new)["moved"] == 1000
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_those_that_wait_for_their_turn_are_served(
+    meet: Path, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    """A new instance that takes nothing in holds up the batches under way, and no others."""
+    monkeypatch.setattr(moving, "_PATIENCE", 600.0)  # it is not over before the test is
+    config = uvicorn.Config("demo_app.app:app", port=0, loop=loop, lifespan="off", log_config=None)
+    factory = config.get_loop_factory()
+    assert factory is not None
+    running = factory()
+    try:
+        running.run_until_complete(_held_up(config, meet))
+    finally:
+        running.close()
+
+
+async def _held_up(config: uvicorn.Config, meet: Path) -> None:
+    server = DrainingServer(config)
+    successor = Successor(meet, os.getpid())
+    with contextlib.closing(connections.listen(connections.path_of(successor, 1))) as puppet:
+        config.load()
+        server.lifespan = config.lifespan_class(config)
+        await server.startup()
+        port = server.servers[0].sockets[0].getsockname()[1]
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
+        for reader, writer in clients:
+            writer.write(request())
+            await reader.readuntil(b"}")
+        await server.pause(successor)
+        channel, _ = puppet.accept()
+        for _, writer in clients:
+            writer.write(request())
+        answers = [asyncio.ensure_future(reader.readuntil(b"}")) for reader, _ in clients]
+        # Four batches of 64 are under way; none of the answers says that the connection closes.
+        for answered in itertools.islice(asyncio.as_completed(answers), 300 - 4 * 64):
+            assert b"connection: close" not in await answered
+        assert sum(answer.done() for answer in answers) == 300 - 4 * 64
+        channel.close()
+        for answer in await asyncio.gather(*answers):
+            assert answer.startswith(b"HTTP/1.1 200")
+        await server.resume()
+        for _, writer in clients:
+            writer.close()
+        server.drain_on_stop = False
+        await server.shutdown()

@@ -1,0 +1,90 @@
+"""The channel that connections move through."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from hotrestart_plugins import connections
+from hotrestart_plugins.connections import MOST, Kind
+from hotrestart_plugins.errors import MessageError
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+Channel = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def channel(no_leak: None) -> Iterator[Channel]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        theirs.setblocking(False)
+        yield ours, theirs
+
+
+def test_a_batch_arrives_in_its_order(channel: Channel) -> None:
+    ours, theirs = channel
+    pairs = [socket.socketpair() for _ in range(MOST)]
+    kinds = [Kind.IDLE if index % 3 else Kind.UNREAD for index in range(MOST)]
+    sent = [(pair[0].fileno(), kind) for pair, kind in zip(pairs, kinds, strict=True)]
+    connections.send(ours, 7, sent)
+    found = connections.receive(theirs)
+    assert found is not None
+    number, arrivals = found
+    assert (number, [one.kind for one in arrivals]) == (7, kinds)
+    for index, (pair, arrival) in enumerate(zip(pairs, arrivals, strict=True)):
+        assert not os.get_inheritable(arrival.sock.fileno())
+        pair[0].close()
+        with arrival.sock, pair[1]:
+            arrival.sock.send(b"%d" % index)
+            assert pair[1].recv(8) == b"%d" % index
+
+
+def test_an_acknowledgement_is_the_number(channel: Channel) -> None:
+    ours, theirs = channel
+    connections.acknowledge(theirs, 7)
+    assert connections.acknowledged(ours) == 7
+    theirs.close()
+    assert connections.acknowledged(ours) is None
+
+
+def test_what_was_acknowledged_before_the_end_counts(channel: Channel) -> None:
+    ours, theirs = channel
+    connections.acknowledge(theirs, 1)
+    connections.acknowledge(theirs, 2)
+    assert connections.cut(ours) == [1, 2]
+    with pytest.raises(BrokenPipeError):
+        connections.acknowledge(theirs, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\1\0\0\0x", id="a kind of a later version"),
+        pytest.param(b"\1\0\0\0ii", id="fewer descriptors than it says"),
+        pytest.param(b"\1\0\0\0", id="more descriptors than it says"),
+    ],
+)
+def test_a_message_that_is_not_understood_is_refused_whole(channel: Channel, data: bytes) -> None:
+    """Its descriptors are closed, and the sender keeps its own."""
+    ours, theirs = channel
+    with open(os.devnull) as file:
+        socket.send_fds(ours, [data], [file.fileno()])
+    with pytest.raises(MessageError):
+        connections.receive(theirs)
+
+
+def test_a_message_without_a_whole_number_is_refused(channel: Channel) -> None:
+    ours, theirs = channel
+    ours.send(b"\1\0")
+    with pytest.raises(MessageError):
+        connections.receive(theirs)
+
+
+def test_a_descriptor_that_is_no_socket_is_closed(channel: Channel) -> None:
+    ours, theirs = channel
+    with open(os.devnull) as file:
+        connections.send(ours, 1, [(file.fileno(), Kind.IDLE)])
+    assert connections.receive(theirs) == (1, [])

@@ -38,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import load_average, machine
+from benchmarks.common import clean_up_on_sigterm, load_average, machine
 from demo_app.deploys import (
     TOOK_OVER,
     UP,
@@ -328,6 +328,7 @@ def main() -> int:
     parser.add_argument("--loop", choices=LOOPS, nargs="+", default=LOOPS)
     parser.add_argument("--http", choices=PARSERS, nargs="+", default=PARSERS)
     options = parser.parse_args()
+    clean_up_on_sigterm()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     print(f"{machine()}; {load_average()}", flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_port
+from demo_app.deploys import DEADLINE, TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins import connections, moving
 from hotrestart_plugins.connections import Successor
@@ -236,7 +236,7 @@ def test_those_that_wait_for_their_turn_are_served(
     assert factory is not None
     running = factory()
     try:
-        running.run_until_complete(_held_up(config, meet))
+        running.run_until_complete(asyncio.wait_for(_held_up(config, meet), DEADLINE))
     finally:
         running.close()
 

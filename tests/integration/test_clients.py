@@ -19,7 +19,7 @@ import requests
 from demo_app.deploys import DEADLINE, TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from tests.integration.browser import Browser, program
-from tests.integration.raw import Connection, request
+from tests.integration.raw import Connection, ask, request
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,6 +53,7 @@ http {{
     }}
     server {{
         listen {address};
+        location = /up {{ access_log off; return 200 "up"; }}
         location / {{
             proxy_pass http://app;
             proxy_http_version 1.1;
@@ -331,7 +332,9 @@ def started_nginx(config: Path, address: str) -> Iterator[int]:
         while True:  # it writes no word when it is ready
             assert nginx.poll() is None, (config.parent / "error.log").read_text()
             assert time.monotonic() < deadline
-            with contextlib.suppress(OSError), Connection(address):
+            with contextlib.suppress(ConnectionRefusedError):
+                # Its master listens before there is a worker: only an answer shows that one is.
+                assert ask(address, "/up").status == 200
                 break
         children = Path(f"/proc/{nginx.pid}/task/{nginx.pid}/children").read_text().split()
         yield int(children[0])

@@ -44,6 +44,8 @@ class Channel:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Also in processes that gunicorn forks without a word to us, its dirty arbiter's.
+        os.register_at_fork(after_in_child=self._forked)
         self._order = mmap.mmap(-1, _ORDER.size)  # anonymous and shared
 
     def fileno(self) -> int:
@@ -78,8 +80,8 @@ class Channel:
         """A worker's end of the pipe: select(2) finds it ready when nobody can read the other."""
         return self._write
 
-    def forked(self) -> None:
-        """In a worker: close the arbiter's end."""
+    def _forked(self) -> None:
+        """In a worker: only the arbiter has its end."""
         if self._read >= 0:
             os.close(self._read)
             self._read = -1

@@ -90,7 +90,6 @@ class WorkerSide:
 
     def forked(self) -> None:
         """First of all in the new process: keep only what is a worker's."""
-        self._channel.forked()
         forget_in_worker()
         # The first heartbeat of every worker class comes when it is able to serve.
         self._worker.notify = self._first_notify
@@ -186,6 +185,8 @@ class WorkerSide:
 
     def exiting(self) -> None:
         """This worker ends."""
+        # Python is about to give the signal its default meaning back, which is to die of it.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if self._gate is not None and self._paused:
             self._channel.report(Report.ENDS, self._gate.tally())
 

@@ -178,7 +178,8 @@ def test_each_instance_has_a_dirty_arbiter_of_its_own(
     """Its workers answer to the last request of its instance; a child that fails and one that dies
     in the window take nobody else's with them; each leaves nothing behind."""
     (tmp_path / "dirty.py").write_text(DIRTY)
-    config, temporary = tmp_path / "some.conf.py", tmp_path / "tmp"
+    # Its sockets are in there, and a socket's path has no room for a long one.
+    config, temporary = tmp_path / "some.conf.py", place.directory / "tmp"
     temporary.mkdir()
     # Once used, it waits until this has passed, even without a request under way.
     wait = "dirty_graceful_timeout = 1"
@@ -198,8 +199,8 @@ def test_each_instance_has_a_dirty_arbiter_of_its_own(
     assert not report.failures, report
     third = start(place, args, **environ, **WINDOW)
     third.wait_for(TOOK_OVER)
-    assert third.owns(ask(address).pid)
     second.wait_for(STOPPED)
+    assert third.owns(ask(address).pid)
     third.signal(signal.SIGKILL)
     second.wait_for("Accepting again")
     wait_for_end(third)

@@ -31,6 +31,8 @@ ENV = {
     "HOTRESTART_DRAIN_TIMEOUT": "10",
 }
 CLIENTS = Mix(one_shot=4, keep_alive=4)
+SERVERS = ["uvicorn", "gunicorn gthread", "gunicorn asgi"]
+EACH = pytest.mark.parametrize("server", SERVERS)
 
 # The calls of a takeover of one listener, and how often each side makes them. asyncio and uvloop
 # receive and send by other calls, so that those with descriptors beside them are all ours.
@@ -47,10 +49,10 @@ CHILD = [
     ("unlink,unlinkat", 1),
 ]
 PARENT = [
-    ("recvmsg", 1),  # the request
-    ("sendmsg", 1),
-    ("pidfd_open", 1),
-    ("recvmsg", 3),  # the word to go
+    *((server, call, 1) for server in SERVERS for call in ("sendmsg", "pidfd_open")),
+    # gunicorn's master looks at its socket whenever it is woken, how often nobody can say.
+    ("uvicorn", "recvmsg", 1),  # the request
+    ("uvicorn", "recvmsg", 3),  # the word to go
 ]
 
 
@@ -83,9 +85,15 @@ def was_hit(instance: Instance, where: Path, what: str) -> bool:
     return "(INJECTED)" in Path(f"{where}.trace").read_text()
 
 
-def serving(place: Deploys, address: str) -> tuple[Instance, list[str]]:
+def command_of(server: str, address: str) -> list[str]:
+    """gunicorn's without the control socket, whose place all of them share."""
+    more = ["--no-control-socket"] if server.startswith("gunicorn") else []
+    return command(server, address, *more)
+
+
+def serving(place: Deploys, server: str, address: str) -> tuple[Instance, list[str]]:
     """A parent that serves there, and its command."""
-    args = command("uvicorn", address)
+    args = command_of(server, address)
     parent = place.start(args, **ENV)
     parent.wait_for(*UP)
     return parent, args
@@ -106,12 +114,13 @@ def held_by_the_killed(report: Report) -> None:
     assert report.failures <= 2 * CLIENTS.total, report
 
 
+@EACH
 @pytest.mark.parametrize("what", ["signal=KILL", "error=ENOBUFS"])
 @pytest.mark.parametrize(("calls", "when"), CHILD)
-def test_the_child_fails(place: Deploys, calls: str, when: int, what: str) -> None:
+def test_the_child_fails(place: Deploys, server: str, calls: str, when: int, what: str) -> None:
     """Killed or with an error in the middle of any call: it takes over, or changes nothing."""
     address = f"127.0.0.1:{free_port()}"
-    parent, args = serving(place, address)
+    parent, args = serving(place, server, address)
     with LoadProcess(address, CLIENTS) as load:
         load.wait(answers=50)
         child = place.start(injected(args, place.directory / "meet", calls, what, when), **ENV)
@@ -138,11 +147,14 @@ def test_the_child_fails(place: Deploys, calls: str, when: int, what: str) -> No
     assert parent.wait() == 0, parent.log
 
 
+@EACH
 @pytest.mark.parametrize(("calls", "when"), CHILD)
-def test_the_child_is_stopped_for_a_while(place: Deploys, calls: str, when: int) -> None:
+def test_the_child_is_stopped_for_a_while(
+    place: Deploys, server: str, calls: str, when: int
+) -> None:
     """Nobody serves worse for it, and it takes over when it goes on, or gives up."""
     address = f"127.0.0.1:{free_port()}"
-    parent, args = serving(place, address)
+    parent, args = serving(place, server, address)
     with LoadProcess(address, CLIENTS) as load:
         load.wait(answers=50)
         before = parent.log.count("has taken over")
@@ -196,11 +208,11 @@ def _stays_stopped(status: Path) -> bool:
 
 
 @pytest.mark.parametrize("what", ["signal=KILL", "error=ENOBUFS"])
-@pytest.mark.parametrize(("calls", "when"), PARENT)
-def test_the_parent_fails(place: Deploys, calls: str, when: int, what: str) -> None:
+@pytest.mark.parametrize(("server", "calls", "when"), PARENT)
+def test_the_parent_fails(place: Deploys, server: str, calls: str, when: int, what: str) -> None:
     """Killed in the middle of any call, the child serves alone; an error costs one attempt."""
     address = f"127.0.0.1:{free_port()}"
-    args = command("uvicorn", address)
+    args = command_of(server, address)
     parent = place.start(injected(args, place.directory / "meet", calls, what, when), **ENV)
     parent.wait_for(*UP)
     with LoadProcess(address, CLIENTS) as load:

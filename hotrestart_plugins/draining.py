@@ -148,6 +148,9 @@ class DrainingServer(uvicorn.Server):
             )
         if self._mover is not None and self._mover.active:
             self._mover.watch_all(self.server_state.connections)
+            await asyncio.sleep(0)  # the first are sent
+            while not self._mover.all_watched:
+                await asyncio.sleep(0)
         else:
             self._announce_close()
 

@@ -116,6 +116,11 @@ class Mover:
         return bool(self._outlets)
 
     @property
+    def all_watched(self) -> bool:
+        """Whether `watch_all` has come to the last of them."""
+        return not self._unseen
+
+    @property
     def busy(self) -> bool:
         """Whether connections wait to be sent, or are on their way."""
         return bool(self._unseen) or any(outlet.busy for outlet in self._outlets)
@@ -207,6 +212,11 @@ class _Outlet:
         self._flushing: Timer | None = None
         self._timer: Timer | None = None
         self._loop.add_reader(channel.fileno(), self._heard)
+
+    @property
+    def all_watched(self) -> bool:
+        """Whether `watch_all` has come to the last of them."""
+        return not self._unseen
 
     @property
     def busy(self) -> bool:

@@ -164,6 +164,9 @@ class AsgiGate:
             )
             if self._mover.active:
                 self._mover.watch_all(self._connections)
+                await asyncio.sleep(0)  # the first are sent
+                while not self._mover.all_watched:
+                    await asyncio.sleep(0)
             else:
                 self._closing.announce()
 

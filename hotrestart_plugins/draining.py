@@ -149,7 +149,7 @@ class DrainingServer(uvicorn.Server):
         if self._mover is not None and self._mover.active:
             self._mover.watch_all(self.server_state.connections)
             await asyncio.sleep(0)  # the first are sent
-            while not self._mover.all_watched:
+            while not self._mover.all_watched:  # noqa: ASYNC110 (a few turns at most)
                 await asyncio.sleep(0)
         else:
             self._announce_close()

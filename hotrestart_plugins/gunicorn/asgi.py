@@ -165,7 +165,7 @@ class AsgiGate:
             if self._mover.active:
                 self._mover.watch_all(self._connections)
                 await asyncio.sleep(0)  # the first are sent
-                while not self._mover.all_watched:
+                while not self._mover.all_watched:  # noqa: ASYNC110 (a few turns at most)
                     await asyncio.sleep(0)
             else:
                 self._closing.announce()

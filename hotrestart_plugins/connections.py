@@ -77,8 +77,19 @@ def receivers(successor: Successor) -> list[Path]:
 
 
 def listen(path: Path) -> socket.socket:
-    """A listener for channels; the caller owns it, and the file."""
+    """A listener for channels; the caller owns it, and the file. Raises OSError.
+
+    What killed processes of other instances have left in the directory goes.
+    """
     path.unlink(missing_ok=True)
+    for left in path.parent.glob("connections.*.*"):
+        if left.stem == path.stem:
+            continue  # of this instance: bound, it may be, and not listening yet
+        with contextlib.suppress(OSError), _socket() as probe:
+            try:
+                probe.connect(str(left))
+            except ConnectionRefusedError:
+                left.unlink(missing_ok=True)
     sock = _socket()
     try:
         sock.bind(str(path))

@@ -214,11 +214,6 @@ class _Outlet:
         self._loop.add_reader(channel.fileno(), self._heard)
 
     @property
-    def all_watched(self) -> bool:
-        """Whether `watch_all` has come to the last of them."""
-        return not self._unseen
-
-    @property
     def busy(self) -> bool:
         return bool(self._first or self._queue or self._under_way)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,16 @@ def test_a_descriptor_that_is_no_socket_is_closed(channel: Channel) -> None:
     with open(os.devnull) as file:
         connections.send(ours, 1, [(file.fileno(), Kind.IDLE)])
     assert connections.receive(theirs) == (1, [])
+
+
+def test_what_the_killed_have_left_goes(meet: Path) -> None:
+    """A path that nobody listens at, of another instance; a live one stays, and its own."""
+    live, dead, own = (meet / f"connections.{name}" for name in ("1.2", "1.3", "9.8"))
+    with connections.listen(live) as listening:
+        connections.listen(dead).close()
+        own.touch()
+        connections.listen(meet / "connections.9.9").close()
+        assert (live.exists(), dead.exists(), own.exists()) == (True, False, True)
+        channel, _ = listening.accept()  # it was asked whether it lives
+        with channel:
+            assert connections.acknowledged(channel) is None

@@ -187,6 +187,8 @@ class WorkerSide:
         """This worker ends."""
         # Python is about to give the signal its default meaning back, which is to die of it.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        if self.inlet is not None:
+            self.inlet.unlink(missing_ok=True)
         if self._gate is not None and self._paused:
             self._channel.report(Report.ENDS, self._gate.tally())
 

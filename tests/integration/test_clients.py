@@ -21,6 +21,8 @@ from demo_app.load import LoadProcess, Mix
 from tests.integration.browser import Browser, program
 from tests.integration.raw import Connection, ask, request
 
+pytestmark = pytest.mark.long
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 

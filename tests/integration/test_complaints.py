@@ -37,6 +37,8 @@ if "GATE" in os.environ:
         gate.connect(os.environ["GATE"])
         gate.recv(1)
 from {module} import app
+
+pytestmark = pytest.mark.once
 """
 
 

@@ -16,6 +16,8 @@ from demo_app.deploys import Deploys, command
 from demo_app.load import LoadProcess, Mix
 from tests.integration.gunicorns import gunicorn, successor, up
 
+pytestmark = pytest.mark.long
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -79,7 +81,6 @@ class Posts:
         return text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("framework", "server"),
     [

@@ -31,6 +31,8 @@ from tests.integration.gunicorns import (
 )
 from tests.integration.raw import Connection, ask, request
 
+pytestmark = pytest.mark.long
+
 GEVENT = pytest.mark.parametrize("worker", ["gevent", "gevent_pywsgi"])
 EACH = pytest.mark.parametrize("worker", ["gevent", "gevent_pywsgi", "tornado"])
 KEEP = ("--keep-alive", "30")

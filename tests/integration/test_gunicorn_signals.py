@@ -30,6 +30,8 @@ from tests.integration.gunicorns import (
 )
 from tests.integration.raw import Connection, ask, request
 
+pytestmark = pytest.mark.once
+
 BOOTING = "Booting worker with pid"
 BY_SIGNAL = pytest.mark.parametrize("name", ["TERM", "INT", "QUIT"])
 

@@ -41,6 +41,8 @@ from tests.integration.gunicorns import (
 )
 from tests.integration.raw import Connection, ask, request
 
+pytestmark = pytest.mark.once
+
 # -- the pid file ----------------------------------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ from hotrestart_plugins.settings import DEFAULTS
 from tests.integration.raw import Connection, ask, request
 from tests.processes import open_descriptors
 
+pytestmark = pytest.mark.once
+
 STOPPED = "Stopped accepting"
 QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60", "HOTRESTART_DRAIN_TIMEOUT": "20"}
@@ -37,8 +39,6 @@ if "GATE" in os.environ:
         gate.connect(os.environ["GATE"])
         gate.recv(1)
 from {module} import app
-
-pytestmark = pytest.mark.once
 """
 
 

@@ -304,8 +304,14 @@ PRELOADED = """
 preload_app = True
 import hotrestart_plugins.gunicorn.asgi
 import hotrestart_plugins.gunicorn.blocking
+import hotrestart_plugins.gunicorn.gevent
+import hotrestart_plugins.gunicorn.gthread
 import hotrestart_plugins.gunicorn.uvicorn_worker
-import uvicorn.protocols.http.h11_impl
+import uvicorn.loops.auto
+import uvicorn.loops.uvloop
+import uvicorn.protocols.http.auto
+import uvicorn.protocols.websockets.auto
+import uvicorn.lifespan.on
 """
 
 

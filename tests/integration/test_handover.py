@@ -41,7 +41,7 @@ def outcome(place: Deploys, child: Instance) -> dict[str, int]:
 
 @pytest.mark.parametrize("unix", [False, True])
 @pytest.mark.parametrize(("loop", "parser"), [("asyncio", "h11"), ("uvloop", "httptools")])
-@pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
+@pytest.mark.parametrize("server", ["uvicorn", pytest.param("uvicorn4", marks=pytest.mark.long)])
 def test_no_client_reconnects(
     place: Deploys, tmp_path: Path, *, server: str, loop: str, parser: str, unix: bool
 ) -> None:

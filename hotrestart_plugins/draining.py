@@ -29,7 +29,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from hotrestart_plugins.app import drain
-from hotrestart_plugins.connections import Successor
+from hotrestart_plugins.connections import Kind, Successor
 from hotrestart_plugins.endings import Endings, ask_to_leave, is_idle
 from hotrestart_plugins.holding import UvicornWays, movable
 from hotrestart_plugins.intake import Intake
@@ -213,8 +213,14 @@ class DrainingServer(uvicorn.Server):
         """Listen at `path` for the connections of the instance that this one takes over from."""
         if movable(self.config):
             loop = asyncio.get_running_loop()
-            intake = Intake(loop, self._protocol, UvicornWays(loop).idles)
+            intake = Intake(loop, self._protocol, self._arrived)
             self._receiver = Receiver.open(path, intake.take_in, loop=loop, logger=logger)
+
+    def _arrived(self, connection: Any, kind: Kind) -> None:
+        if kind is Kind.IDLE:
+            UvicornWays(asyncio.get_running_loop()).idles(connection)
+        if self._mover is not None:  # this instance was replaced meanwhile, too
+            self._mover.add(connection)
 
     # -- draining ------------------------------------------------------------------------------
 

@@ -16,12 +16,12 @@ class Intake:
         self,
         loop: asyncio.AbstractEventLoop,
         protocol_factory: Callable[[], asyncio.Protocol],
-        idles: Callable[[Any], None],
+        arrived: Callable[[Any, Kind], None],
     ) -> None:
-        """`idles` is called with the protocol of each whose last request was answered."""
+        """`arrived` is called with the protocol of each connection, and what it waits for."""
         self._loop = loop
         self._factory = protocol_factory
-        self._idles = idles
+        self._arrived = arrived
         self._tasks: set[asyncio.Task[None]] = set()
 
     def take_in(self, arrivals: Sequence[Arrival]) -> None:
@@ -37,5 +37,4 @@ class Intake:
         except (OSError, ValueError):  # its client has gone; it never was a connection
             arrival.sock.close()
             return
-        if arrival.kind is Kind.IDLE:
-            self._idles(protocol)
+        self._arrived(protocol, arrival.kind)

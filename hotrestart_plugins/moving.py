@@ -133,11 +133,16 @@ class Mover:
     def _watch_some(self, connections: Collection[Any]) -> None:
         for _ in range(min(_AT_ONCE, len(self._unseen))):
             connection = self._unseen.popleft()
-            if self.active and connection in connections:  # else it has ended, or is a WebSocket
-                self.ways.watch(connection, functools.partial(self.answered, connection))
-                self.consider(connection)
+            if connection in connections:  # else it has ended, or is a WebSocket
+                self.add(connection)
         if self._unseen:
             self.loop.call_soon(self._watch_some, connections)
+
+    def add(self, connection: Any) -> None:
+        """One more, that was not there yet: from an older instance, which still hands over."""
+        if self.active:
+            self.ways.watch(connection, functools.partial(self.answered, connection))
+            self.consider(connection)
 
     def answered(self, connection: Any) -> None:
         """The connection has answered, and goes now, if it may."""

@@ -101,11 +101,17 @@ class AsgiGate:
             intake = Intake(
                 loop,
                 lambda: gasgi.ASGIProtocol(self._worker),
-                lambda connection: connection.begin_keep_alive(),
+                self._arrived,
             )
             self._receiver = Receiver.open(
                 self._side.inlet, intake.take_in, loop=loop, logger=self._worker.log
             )
+
+    def _arrived(self, connection: Any, kind: Kind) -> None:
+        if kind is Kind.IDLE:
+            connection.begin_keep_alive()
+        if self._mover is not None:  # this instance was replaced meanwhile, too
+            self._worker.loop.call_soon(self._mover.add, connection)
 
     def pause(self) -> None:
         """From a signal handler: what follows is the loop's."""

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,14 @@ class ThreadGate:
     def ready(self) -> None:
         """Take in what the old instance's workers hand over."""
         if self._side.inlet is not None and self._movable:
-            ways = Parked(self._worker)
             self._receiver = Receiver.open(
-                self._side.inlet, ways.take_in, loop=self._loop, logger=self._worker.log
+                self._side.inlet, self._take_in, loop=self._loop, logger=self._worker.log
             )
+
+    def _take_in(self, arrivals: Sequence[Arrival]) -> None:
+        for connection in Parked(self._worker).take_in(arrivals):
+            if self._mover is not None:  # this instance was replaced meanwhile, too
+                self._mover.add(connection)
 
     def pause(self) -> None:
         """Have the loop find that it has too many connections, and leave the listeners alone."""
@@ -199,7 +203,7 @@ class Parked:
         """Whether it has been closed meanwhile."""
         return self.fileno(connection) < 0
 
-    def take_in(self, arrivals: Sequence[Arrival]) -> None:
+    def take_in(self, arrivals: Sequence[Arrival]) -> Iterator[Any]:
         """Connections of the old instance are this worker's."""
         for sock, kind in arrivals:
             try:
@@ -209,6 +213,7 @@ class Parked:
                 continue
             self._worker.nr_conns += 1
             self.release(connection, kind)
+            yield connection
 
 
 class Loop:

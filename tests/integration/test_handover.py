@@ -9,6 +9,8 @@ import json
 import os
 import resource
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,35 @@ def test_a_child_that_dies_with_connections_in_flight(
                 lost += 1
         assert lost
     assert old.owns(ask(address).pid)
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
+def test_what_arrives_at_one_that_was_replaced_goes_on(
+    place: Deploys, address: str, server: str
+) -> None:
+    """Busy with the first instance until the second is replaced: it comes to the second, and from
+    there to the third. It would be served by the second until that ends, and be cut off."""
+    gunicorn = server.startswith("gunicorn")
+    more = ("-w", "1", "--keep-alive", "60", "--no-control-socket") if gunicorn else LONG
+    args = command(server, address, *more)
+    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+    first = start(place, args, *UP, **window)
+    with Connection(address) as busy:
+        head = b"POST /upload HTTP/1.1\r\nHost: demo\r\nContent-Length: 5\r\n"
+        busy.send(head + b"Expect: 100-continue\r\n\r\n")
+        wanted = b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert busy.sock.recv(len(wanted), socket.MSG_WAITALL) == wanted  # the app waits for it
+        second = start(place, args, TOOK_OVER, **window)
+        first.wait_for(STOPPED)
+        third = start(place, args, TOOK_OVER, **window)
+        second.wait_for(STOPPED)
+        busy.send(b"hello")
+        answer = busy.answer()
+        deadline = time.monotonic() + DEADLINE
+        while not third.owns(answer.pid):
+            assert (answer.status, answer.closes) == (200, False)
+            assert time.monotonic() < deadline
+            answer = busy.get()
 
 
 def test_switched_off(place: Deploys, address: str) -> None:

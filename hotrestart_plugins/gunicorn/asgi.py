@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gunicorn.asgi import lifespan
 from gunicorn.asgi.protocol import ASGIProtocol
@@ -25,6 +26,8 @@ from hotrestart_plugins.tally import Tally
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
 
+_SERVICE_RESTART = 1012  # close code, RFC 6455 section 7.4.2, IANA's registry
+_SPREAD = 0.75  # of the time that is left, over which WebSockets are closed
 _LOOK = 0.05  # seconds between two looks at what is still open
 
 
@@ -41,6 +44,7 @@ class AsgiGate:
         gasgi.ASGIProtocol = self._protocol_class()
         self._open = self._busy = 0
         self._last: Tally | None = None
+        self._ended: set[Any] = set()  # WebSockets that were told to come back
         self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
@@ -201,6 +205,9 @@ class AsgiGate:
     def _websockets(self) -> int:
         return sum(one._websocket is not None for one in self._connections)  # noqa: SLF001
 
+    def _closing_websockets(self) -> int:
+        return len(self._ended & self._connections)
+
     def tally(self) -> Tally:
         """The account; of a worker that leaves, from before it closed what was left."""
         return self._last or self._account()
@@ -212,7 +219,10 @@ class AsgiGate:
         answers = max(0, self._busy + self._closing.requests - busy)
         tally = Tally.by_numbers(self._open, left, answers, moved)
         if not self._worker.alive:
-            tally.cut_requests, tally.cut_websockets = busy - websockets, websockets
+            tally.cut_requests = busy - websockets
+            tally.cut_websockets = websockets - self._closing_websockets()
+            tally.websockets = len(self._ended)
+            tally.finished = max(0, tally.finished - len(self._ended))
             tally.cut_idle = left - busy
         return tally
 
@@ -285,7 +295,19 @@ class AsgiGate:
         spent = int(worker.loop.time() - began)
         worker.cfg.set("graceful_timeout", max(0, patience - spent))
         worker.alive = False
-        while True:  # until gunicorn, at its deadline, cancels whatever is left
+        await self._end_websockets(worker.loop.time(), max(_LOOK, (patience - spent) * _SPREAD))
+
+    async def _end_websockets(self, began: float, spread: float) -> NoReturn:
+        """Close them with 1012 one after another; go on until gunicorn cancels what is left."""
+        long = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
+        while True:
+            part = min(1.0, (self._worker.loop.time() - began) / spread)
+            for one in long[len(self._ended) : max(1, round(len(long) * part))]:
+                self._ended.add(one)
+                websocket = one._websocket  # noqa: SLF001
+                if websocket.accepted and not websocket.closed:
+                    with contextlib.suppress(OSError, RuntimeError):  # its client has gone
+                        await websocket._send_close(_SERVICE_RESTART)  # noqa: SLF001
             self._last = self._account()
             await asyncio.sleep(_LOOK)
 

@@ -165,6 +165,20 @@ def test_a_probe_of_an_app_without_a_lifespan(place: Deploys, address: str) -> N
     successor(place, old, args, HOTRESTART_PROBE="/")
 
 
+def test_websockets_of_asgi_are_told_to_come_back(place: Deploys, address: str) -> None:
+    """With 1012, before the drain cuts them off; gunicorn alone says 1011, or nothing."""
+    args = gunicorn("asgi", address, "-w", "1")
+    old = up(place, args, HOTRESTART_DRAIN_TIMEOUT="3")
+    with LoadProcess(address, Mix(websocket=4, one_shot=2)) as load:
+        load.wait(answers=50)
+        new = successor(place, old, args)
+        load.wait(answers=50)
+        report = load.stop()
+    assert not report.failures, report
+    assert report.ws_restarts >= 4, report
+    assert record_of(place, new)["parent"]["tally"]["websockets"] == 4
+
+
 # -- USR2 and HUP ----------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from hotrestart_plugins.connections import Kind, Successor
 from hotrestart_plugins.endings import Endings, ask_to_leave, is_idle
 from hotrestart_plugins.holding import UvicornWays, movable
 from hotrestart_plugins.intake import Intake
+from hotrestart_plugins.letting_go import offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.tally import Tally
@@ -129,29 +130,16 @@ class DrainingServer(uvicorn.Server):
         kept = [socket.socket(fileno=os.dup(one.fileno())) for one in self._listeners]
         for one in kept:
             one.setblocking(False)
-        if isinstance(loop, asyncio.SelectorEventLoop):
-            # Server.close() loses a connection whose accept is done and whose transport is not
-            # yet made (cpython#109564): stop accepting first, and let what is under way finish.
-            for one in self._listeners:
-                loop.remove_reader(one.fileno())
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        for server in self.servers:
-            server.close()
+        await stop_accepting(self.servers, [one.fileno() for one in self._listeners])
         self.servers = []
         self._listeners = kept
         self._endings = Endings(self.server_state)
         drain.set()
         if successor is not None and movable(self.config):
             self._mover = Mover(
-                successor, UvicornWays(loop), loop=loop, failed=self._not_moved, logger=logger
+                successor, UvicornWays(), loop=loop, failed=self._not_moved, logger=logger
             )
-        if self._mover is not None and self._mover.active:
-            self._mover.watch_all(self.server_state.connections)
-            await asyncio.sleep(0)  # the first are sent
-            while not self._mover.all_watched:  # noqa: ASYNC110 (a few turns at most)
-                await asyncio.sleep(0)
-        else:
+        if self._mover is None or not await offer_all(self._mover, self.server_state.connections):
             self._announce_close()
 
     def _not_moved(self) -> None:
@@ -218,7 +206,7 @@ class DrainingServer(uvicorn.Server):
 
     def _arrived(self, connection: Any, kind: Kind) -> None:
         if kind is Kind.IDLE:
-            UvicornWays(asyncio.get_running_loop()).idles(connection)
+            UvicornWays().idles(connection)
         if self._mover is not None:  # this instance was replaced meanwhile, too
             self._mover.add(connection)
 

@@ -68,9 +68,6 @@ def movable(config: uvicorn.Config) -> bool:
 class UvicornWays:
     """How a `Mover` deals with uvicorn's connections."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
     def kind(self, connection: Any) -> Kind | None:
         """See `kind_of`."""
         return kind_of(connection)
@@ -113,7 +110,7 @@ class UvicornWays:
     def idles(self, connection: Any) -> None:
         """Its time runs as after an answer, unless the next request has already come."""
         if connection.timeout_keep_alive_task is None and kind_of(connection) is not None:
-            connection.timeout_keep_alive_task = self._loop.call_later(
+            connection.timeout_keep_alive_task = asyncio.get_running_loop().call_later(
                 connection.timeout_keep_alive, connection.timeout_keep_alive_handler
             )
 

@@ -24,6 +24,7 @@ FLOORS = [
     {"protocol", "record"},
     {"__init__"},
     {"app", "probe", "endings", "moving", "holding", "intake"},
+    {"letting_go"},
     {"draining", "starlette"},
     {"uvicorn", "gunicorn", "cli"},
     {"gunicorn_conf"},

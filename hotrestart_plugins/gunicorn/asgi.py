@@ -19,6 +19,7 @@ from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.blocking import Closing, proxied
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.intake import Intake
+from hotrestart_plugins.letting_go import offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.tally import Tally
@@ -150,15 +151,7 @@ class AsgiGate:
         self._closing.begin(close=successor is None)
         worker = self._worker
         kept = [socket.socket(fileno=one.sock.dup().detach()) for one in worker.sockets]
-        if isinstance(worker.loop, asyncio.SelectorEventLoop):
-            # Server.close() loses a connection whose accept is done and whose transport is not
-            # yet made (cpython#109564): stop accepting first, and let what is under way finish.
-            for one in worker.sockets:
-                worker.loop.remove_reader(one.sock.fileno())
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        for server in worker.servers:
-            server.close()
+        await stop_accepting(worker.servers, [one.sock.fileno() for one in worker.sockets])
         worker.servers.clear()
         for one, duplicate in zip(worker.sockets, kept, strict=True):
             one.sock = duplicate
@@ -172,12 +165,7 @@ class AsgiGate:
                 failed=self._closing.announce,
                 logger=worker.log,
             )
-            if self._mover.active:
-                self._mover.watch_all(self._connections)
-                await asyncio.sleep(0)  # the first are sent
-                while not self._mover.all_watched:  # noqa: ASYNC110 (a few turns at most)
-                    await asyncio.sleep(0)
-            else:
+            if not await offer_all(self._mover, self._connections):
                 self._closing.announce()
 
     async def _take_up(self) -> None:

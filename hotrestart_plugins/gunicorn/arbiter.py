@@ -28,7 +28,7 @@ from hotrestart_plugins.gunicorn.channel import Channel, Report
 from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.succession import Succession
-from hotrestart_plugins.gunicorn.wakeup import Wakeups, forget_in_worker
+from hotrestart_plugins.gunicorn.wakeup import Wakeups
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.protocol import HotRestart, Role
 from hotrestart_plugins.record import Record
@@ -388,7 +388,6 @@ class Instance:
         """Only what a worker may have stays open."""
         atexit.unregister(self._left_behind)
         if self._channel is not None:
-            forget_in_worker()
             self.worker = workers.WorkerSide(
                 worker,
                 self._channel,

@@ -7,9 +7,8 @@ connection. What is asked of the servers in a callback of its own finds no accep
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gevent
 from gevent.baseserver import BaseServer
@@ -19,10 +18,8 @@ from hotrestart_plugins.app import drain
 from hotrestart_plugins.gunicorn.blocking import Closing
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.gunicorn.orphan import leave_without_master
+from hotrestart_plugins.gunicorn.workers import WorkerSide, replace_where_defined
 from hotrestart_plugins.tally import Tally
-
-if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _READABLE = 1  # gevent's name for it is in the module of whichever event library is in use
 _ANY = 4096  # bytes that signals have left
@@ -47,7 +44,9 @@ class GeventGate:
         worker.sockets = [_Named(one) for one in worker.sockets]
         given = worker.server_class
         if given is None:
-            _replace_server(type(worker), self._server_class(StreamServer))
+            replace_where_defined(
+                type(worker), "StreamServer", StreamServer, self._server_class(StreamServer)
+            )
         elif issubclass(given, BaseServer):
             worker.server_class = self._server_class(given)
 
@@ -160,14 +159,6 @@ class _Named:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sock, name)
-
-
-def _replace_server(worker_class: type, replacement: Any) -> None:
-    """In the modules that define the worker class: its `run` looks the name up there."""
-    for one in worker_class.__mro__:
-        module: Any = sys.modules.get(one.__module__)
-        if getattr(module, "StreamServer", None) is StreamServer:
-            module.StreamServer = replacement
 
 
 def _with_close(app: Callable[..., Any]) -> Callable[..., Any]:

@@ -151,13 +151,13 @@ class Succession:
         child = self._hot.child
         self._tally = Tally()
         self._record = None
+        successor = 0
         if child is not None:
             self._record = Record(self._directory, child.pid, "parent", self._log)
             self._record.note(given=sorted(child.given))
-        takes_connections = child is not None and not self.settings.no_handover
-        self._channel.order(
-            paused=True, successor=child.pid if child is not None and takes_connections else 0
-        )
+            if not self.settings.no_handover:
+                successor = child.pid
+        self._channel.order(paused=True, successor=successor)
         self._awaited = set(self._ready)
         self._signal(self._ready)
         if not workers.kind_of(self._server.worker_class):
@@ -172,7 +172,7 @@ class Succession:
         self._signal(self._ready - self._signalled)
 
     def _signal(self, pids: set[int]) -> None:
-        """Have workers look at the channel's byte; only those that are ready can bear it."""
+        """Have workers look at the channel's word; only those that are ready can bear it."""
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR2)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 
 from hotrestart_plugins.draining import DrainingServer
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.workers import WorkerSide, replace_where_defined
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.tally import Tally
-
-if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 
 class UvicornGate:
@@ -33,7 +30,7 @@ class UvicornGate:
         self._changing: asyncio.Task[None] | None = None
         if worker.config.timeout_graceful_shutdown is None:
             worker.config.timeout_graceful_shutdown = worker.cfg.graceful_timeout
-        _replace_server(type(worker), self._server_class())
+        replace_where_defined(type(worker), "Server", uvicorn.Server, self._server_class())
 
     def _server_class(self) -> type[DrainingServer]:
         gate = self
@@ -110,11 +107,3 @@ class UvicornGate:
             else:
                 await server.resume()
                 self._side.done(Report.RESUMED)
-
-
-def _replace_server(worker_class: type, replacement: type[DrainingServer]) -> None:
-    """In the modules that define the worker class: its `run` looks the name up there."""
-    for one in worker_class.__mro__:
-        module = sys.modules.get(one.__module__)
-        if getattr(module, "Server", None) is uvicorn.Server:
-            module.Server = replacement  # type: ignore[union-attr]

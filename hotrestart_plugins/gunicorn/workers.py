@@ -51,6 +51,16 @@ def kind_of(worker_class: type) -> str:
     return next((_KINDS[name] for name in names if name in _KINDS), "")
 
 
+def replace_where_defined(
+    worker_class: type, name: str, original: object, replacement: object
+) -> None:
+    """In the modules that define the worker class, whose methods look the name up there."""
+    for one in worker_class.__mro__:
+        module = sys.modules.get(one.__module__)
+        if getattr(module, name, None) is original:
+            setattr(module, name, replacement)
+
+
 class Gate(Protocol):
     """What lets connections into one worker; made with the worker and its `WorkerSide`.
 

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from demo_app.deploys import DEADLINE, TOOK_OVER, UP, DeployError, Deploys, Instance, command
+from demo_app.deploys import DEADLINE, DeployError, Deploys, Instance, command
+from tests.integration import instances
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-STOPPED = "Stopped accepting"
+STOPPED = instances.STOPPED
 WORKERS = ("sync", "gthread", "gevent", "asgi", "uvicorn")
 EACH_WORKER = pytest.mark.parametrize("worker", WORKERS)
 # Of uvicorn's earlier versions with later ones of websockets nobody needs to hear.
 STRICT = {"PYTHONWARNINGS": "error::DeprecationWarning,ignore:websockets:DeprecationWarning"}
-QUICK = {**STRICT, "HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
+QUICK = {**STRICT, **instances.QUICK}
 WINDOW = {**STRICT, "HOTRESTART_ROLLBACK_WINDOW": "60"}
 EX_TEMPFAIL, EX_CONFIG = 75, 78
 INSTALL = "from hotrestart_plugins.gunicorn import install\ninstall(globals())\n"
@@ -54,17 +55,12 @@ def start(place: Deploys, args: list[str], **env: str) -> Instance:
 
 def up(place: Deploys, args: list[str], **env: str) -> Instance:
     """A first parent that serves."""
-    instance = start(place, args, **{**QUICK, **env})
-    instance.wait_for(*UP)
-    return instance
+    return instances.up(place, args, **{**QUICK, **env})
 
 
 def successor(place: Deploys, old: Instance, args: list[str], **env: str) -> Instance:
     """An instance that has taken over; the old one has ended with 0."""
-    new = start(place, args, **{**QUICK, **env})
-    new.wait_for(TOOK_OVER)
-    assert old.wait() == 0, old.log
-    return new
+    return instances.successor(place, old, args, **{**QUICK, **env})
 
 
 def workers_of(instance: Instance) -> set[int]:

@@ -19,6 +19,7 @@ import requests
 from demo_app.deploys import DEADLINE, TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from tests.integration.browser import Browser, program
+from tests.integration.instances import QUICK
 from tests.integration.raw import Connection, ask, request
 
 pytestmark = pytest.mark.long
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 TAKEOVERS = 20
-QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 CLIENTS = 8  # of the proxy
 
 # Root's nginx would not reach a Unix socket in a directory of root's; others' do not mind the line.

@@ -16,16 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_port
+from demo_app.deploys import TOOK_OVER, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins.settings import DEFAULTS
+from tests.integration.instances import QUICK, STOPPED, successor, up
 from tests.integration.raw import Connection, ask, request
 from tests.processes import open_descriptors
 
 pytestmark = pytest.mark.once
 
-STOPPED = "Stopped accepting"
-QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 CLIENTS = Mix(one_shot=4, keep_alive=4)
 EX_CONFIG = 78
@@ -56,21 +55,6 @@ def binding(server: str, *addresses: str) -> list[str]:
         return serve(server, first, *(part for one in rest for part in ("-b", one)))
     plain = command(server, "127.0.0.1:1")[:-4]
     return [*plain, *(part for one in addresses for part in ("--bind", one))]
-
-
-def up(place: Deploys, args: list[str], **env: str) -> Instance:
-    """A first parent that serves."""
-    instance = place.start(args, **{**QUICK, **env})
-    instance.wait_for(*UP)
-    return instance
-
-
-def successor(place: Deploys, old: Instance, args: list[str], **env: str) -> Instance:
-    """An instance that has taken over; the old one has ended with 0."""
-    new = place.start(args, **{**QUICK, **env})
-    new.wait_for(TOOK_OVER)
-    assert old.wait() == 0, old.log
-    return new
 
 
 def refused(address: str) -> bool:

@@ -13,10 +13,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import trustme
 
 from demo_app.deploys import HERE, TOOK_OVER, UP, Deploys, free_port
 from demo_app.load import LoadProcess, Mix
+from tests.integration import certificates
 from tests.integration.gunicorns import (
     EACH_WORKER,
     EX_CONFIG,
@@ -200,15 +200,12 @@ def test_a_worker_class_that_cannot_pause(place: Deploys, address: str, tmp_path
     assert current.owns(ask(address).pid)
 
 
-def test_tls(place: Deploys, address: str, tmp_path: Path) -> None:
+def test_tls(
+    place: Deploys, address: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """TLS across a takeover; a certificate that does not fit its key harms nobody."""
-    authority = trustme.CA()
-    certificate, other = (authority.issue_cert("127.0.0.1") for _ in range(2))
-    key, chain, ca, wrong = (tmp_path / name for name in ("key", "chain", "ca", "wrong"))
-    certificate.private_key_pem.write_to_path(key)
-    certificate.cert_chain_pems[0].write_to_path(chain)
-    other.private_key_pem.write_to_path(wrong)
-    authority.cert_pem.write_to_path(ca)
+    key, chain, ca = certificates.issue(tmp_path)
+    wrong = certificates.issue(tmp_path_factory.mktemp("other")).key
     args = gunicorn("asgi", address, "--certfile", str(chain), "--keyfile", str(key))
     old = up(place, args)
     with LoadProcess(address, Mix(one_shot=4, keep_alive=4), ca_file=ca) as load:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import trustme
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance
 from demo_app.load import LoadProcess, Mix
+from tests.integration import certificates
 from tests.integration.gunicorns import (
     INSTALL,
     QUICK,
@@ -167,12 +167,7 @@ def test_a_full_worker_stays_paused(place: Deploys, address: str, worker: str) -
 @pytest.fixture
 def tls(tmp_path: Path) -> tuple[list[str], Path]:
     """The options for a server with a certificate, and who has signed it."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    key, chain, ca = (tmp_path / name for name in ("key", "chain", "ca"))
-    certificate.private_key_pem.write_to_path(key)
-    certificate.cert_chain_pems[0].write_to_path(chain)
-    authority.cert_pem.write_to_path(ca)
+    key, chain, ca = certificates.issue(tmp_path)
     return ["--certfile", str(chain), "--keyfile", str(key)], ca
 
 

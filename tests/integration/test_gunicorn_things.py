@@ -16,10 +16,10 @@ import threading
 from pathlib import Path
 
 import pytest
-import trustme
 
 from demo_app.deploys import DEADLINE, TOOK_OVER, UP, Deploys, Instance, free_port
 from demo_app.load import LoadProcess, Mix
+from tests.integration import certificates
 from tests.integration.gunicorns import (
     EACH_WORKER,
     INSTALL,
@@ -445,12 +445,7 @@ def test_a_worker_that_is_used_up_in_the_window_is_not_replaced(
 @pytest.mark.parametrize("worker", ["sync", "gthread", "uvicorn"])
 def test_tls_of_each_worker(place: Deploys, address: str, tmp_path: Path, worker: str) -> None:
     """The takeover of `asgi` is in test_gunicorn_config.py."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    key, chain, ca = (tmp_path / name for name in ("key", "chain", "ca"))
-    certificate.private_key_pem.write_to_path(key)
-    certificate.cert_chain_pems[0].write_to_path(chain)
-    authority.cert_pem.write_to_path(ca)
+    key, chain, ca = certificates.issue(tmp_path)
     args = gunicorn(worker, address, "--certfile", str(chain), "--keyfile", str(key))
     # The worker passes a deprecated constant of gunicorn's defaults on to uvicorn.
     environ = {"PYTHONWARNINGS": "default"} if worker == "uvicorn" else {}

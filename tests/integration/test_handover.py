@@ -21,10 +21,9 @@ from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins import connections, moving
 from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.draining import DrainingServer
+from tests.integration.instances import QUICK, STOPPED
 from tests.integration.raw import Connection, ask, request
 
-STOPPED = "Stopped accepting"
-QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 LONG = ("--timeout-keep-alive", "60")
 
 

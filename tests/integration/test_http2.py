@@ -7,14 +7,13 @@ import ssl
 from pathlib import Path
 
 import pytest
-import trustme
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
+from tests.integration import certificates
 from tests.integration.http2 import NO_MORE, Http2
+from tests.integration.instances import QUICK, STOPPED
 from tests.integration.raw import ask
 
-STOPPED = "Stopped accepting"
-QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 
 
@@ -34,13 +33,8 @@ def tls(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[list[str], ssl.
     """The server's options, and what the client needs."""
     if request.param == "plaintext":
         return [], None
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
-    certificate.private_key_pem.write_to_path(key)
-    certificate.cert_chain_pems[0].write_to_path(chain)
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
+    key, chain, ca = certificates.issue(tmp_path)
+    context = ssl.create_default_context(cafile=ca)
     context.set_alpn_protocols(["h2"])
     return ["--ssl-keyfile", str(key), "--ssl-certfile", str(chain)], context
 

@@ -15,31 +15,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import trustme
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
+from tests.integration import certificates
+from tests.integration.instances import QUICK, STOPPED, successor, up
 from tests.integration.raw import Connection, ask, request
 
-STOPPED = "Stopped accepting"
 ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
-QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 NO_HANDOVER = "--no-connection-handover"
-
-
-def up(place: Deploys, args: list[str], **env: str) -> Instance:
-    """A first parent that serves."""
-    instance = place.start(args, **{**QUICK, **env})
-    instance.wait_for(*UP)
-    return instance
-
-
-def successor(place: Deploys, old: Instance, args: list[str], **env: str) -> Instance:
-    """An instance that has taken over; the old one has ended with 0."""
-    new = place.start(args, **{**QUICK, **env})
-    new.wait_for(TOOK_OVER)
-    assert old.wait() == 0, old.log
-    return new
 
 
 # -- no client notices -----------------------------------------------------------------------------
@@ -338,12 +322,7 @@ def test_a_given_descriptor(place: Deploys, way: str) -> None:
 
 def test_tls(place: Deploys, address: str, tmp_path: Path) -> None:
     """TLS works as in uvicorn, across a takeover; a missing certificate harms nobody."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    key, chain, ca = (tmp_path / name for name in ("key.pem", "chain.pem", "ca.pem"))
-    certificate.private_key_pem.write_to_path(key)
-    certificate.cert_chain_pems[0].write_to_path(chain)
-    authority.cert_pem.write_to_path(ca)
+    key, chain, ca = certificates.issue(tmp_path)
     args = command("uvicorn", address, "--ssl-keyfile", str(key), "--ssl-certfile", str(chain))
     old = up(place, args)
     assert f"https://{address}" in old.log

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.once
 WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 CLIENTS = Mix(one_shot=4, keep_alive=4)
 EX_CONFIG = 78
+TAKEN_FROM = re.compile(rf"{TOOK_OVER} (\d+)")
 SERVERS = pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread"])
 ASYNC_TOO = pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
 
@@ -269,9 +271,10 @@ def test_rapid_restarts_wedge(place: Deploys, address: str, server: str) -> None
         instances += [place.start(args, **patient) for _ in range(4)]
         for one in instances[1:]:
             one.wait_for(TOOK_OVER)
-        serving = [one for one in instances if one.owns(ask(address).pid)]
-        (last,) = serving
+        replaced = {int(pid) for one in instances for pid in TAKEN_FROM.findall(one.log)}
+        (last,) = (one for one in instances if one.pid not in replaced)
         assert all(one.wait() == 0 for one in instances if one is not last)
+        assert last.owns(ask(address).pid)
         successor(place, last, args)
         load.wait(answers=50)
         report = load.stop()

@@ -257,6 +257,8 @@ class DrainingServer(uvicorn.Server):
             )
         if self._receiver is not None:
             self._receiver.close()
+        if self._mover is not None:
+            self._mover.close()
         if self.paused:
             self._cut_off()
             self._close_listeners()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 import struct
@@ -85,6 +84,8 @@ def default_directory(first: Address) -> Path:
     name = urllib.parse.quote(first.name, safe="[]:@,+=~")
     room = MAX_UNIX_PATH - len(os.fsencode(base)) - len(PARENT_SOCKET) - 2
     if len(name) > room:
+        import hashlib  # noqa: PLC0415  # loads OpenSSL, for this rare case
+
         digest = hashlib.sha256(os.fsencode(first.name)).hexdigest()[:16]
         name = f"{name[: room - len(digest) - 1]}-{digest}"
     return base / name

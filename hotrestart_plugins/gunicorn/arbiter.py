@@ -216,6 +216,19 @@ class Instance:
         self._wakeups.watch(self._channel.fileno())
         self._wakeups.within(max(0.0, self.settings.ready_timeout - spent), "ready")
         self._take_the_handlers()
+        if hot.role is Role.CHILD:
+            self._spawn_at_once()
+
+    def _spawn_at_once(self) -> None:
+        """Start the first ones without the pause of up to 0.1 s that gunicorn makes behind each."""
+        server = self.server
+
+        def spawn_workers() -> None:
+            del server.spawn_workers  # the first ones only: those that die may do so for ever
+            for _ in range(server.num_workers - len(server.WORKERS)):
+                server.spawn_worker()
+
+        server.spawn_workers = spawn_workers
 
     def _own_name(self) -> None:
         """A dirty arbiter would be killed by the next instance's of the same name."""

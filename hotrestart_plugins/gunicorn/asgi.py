@@ -18,6 +18,7 @@ from hotrestart_plugins.connections import Kind
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.blocking import Closing, proxied
 from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.streams import EventStream, EventStreams
 from hotrestart_plugins.intake import Intake
 from hotrestart_plugins.letting_go import offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _SERVICE_RESTART = 1012  # close code, RFC 6455 section 7.4.2, IANA's registry
-_SPREAD = 0.75  # of the time that is left, over which WebSockets are closed
+_SPREAD = 0.75  # of the time that is left, over which what lasts is ended
 _LOOK = 0.05  # seconds between two looks at what is still open
 
 
@@ -46,6 +47,9 @@ class AsgiGate:
         self._open = self._busy = 0
         self._last: Tally | None = None
         self._ended: set[Any] = set()  # WebSockets that were told to come back
+        self._streams = EventStreams()
+        self._streams_ended = 0
+        worker.asgi = self._streams.around(worker.asgi)
         self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
@@ -207,10 +211,10 @@ class AsgiGate:
         answers = max(0, self._busy + self._closing.requests - busy)
         tally = Tally.by_numbers(self._open, left, answers, moved)
         if not self._worker.alive:
-            tally.cut_requests = busy - websockets
+            tally.cut_requests = max(0, busy - websockets - self._streams.lingering)
             tally.cut_websockets = websockets - self._closing_websockets()
-            tally.websockets = len(self._ended)
-            tally.finished = max(0, tally.finished - len(self._ended))
+            tally.websockets, tally.streams = len(self._ended), self._streams_ended
+            tally.finished = max(0, tally.finished - tally.websockets - tally.streams)
             tally.cut_idle = left - busy
         return tally
 
@@ -283,21 +287,31 @@ class AsgiGate:
         spent = int(worker.loop.time() - began)
         worker.cfg.set("graceful_timeout", max(0, patience - spent))
         worker.alive = False
-        await self._end_websockets(worker.loop.time(), max(_LOOK, (patience - spent) * _SPREAD))
+        await self._end_long(worker.loop.time(), max(_LOOK, (patience - spent) * _SPREAD))
 
-    async def _end_websockets(self, began: float, spread: float) -> NoReturn:
-        """Close them with 1012 one after another; go on until gunicorn cancels what is left."""
-        long = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
+    async def _end_long(self, began: float, spread: float) -> NoReturn:
+        """End what lasts, one after another; go on until gunicorn cancels what is left."""
+        long: list[Any] = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
+        long += self._streams.under_way
+        done = 0
         while True:
             part = min(1.0, (self._worker.loop.time() - began) / spread)
-            for one in long[len(self._ended) : max(1, round(len(long) * part))]:
-                self._ended.add(one)
-                websocket = one._websocket  # noqa: SLF001
-                if websocket.accepted and not websocket.closed:
-                    with contextlib.suppress(OSError, RuntimeError):  # its client has gone
-                        await websocket._send_close(_SERVICE_RESTART)  # noqa: SLF001
+            for one in long[done : max(1, round(len(long) * part))]:
+                done += 1
+                with contextlib.suppress(OSError, RuntimeError):  # its client has gone
+                    await self._end(one)
             self._last = self._account()
             await asyncio.sleep(_LOOK)
+
+    async def _end(self, one: Any) -> None:
+        if isinstance(one, EventStream):
+            self._streams_ended += not one.over
+            await one.end()
+            return
+        self._ended.add(one)
+        websocket = one._websocket  # noqa: SLF001
+        if websocket.accepted and not websocket.closed:
+            await websocket._send_close(_SERVICE_RESTART)  # noqa: SLF001
 
 
 class Waiting:

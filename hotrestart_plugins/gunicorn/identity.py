@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from gunicorn import systemd
 from gunicorn.pidfile import Pidfile
 
-from hotrestart_plugins import address as addresses
+from hotrestart_plugins import credentials
 
 _PERMISSIONS = 0o644  # of gunicorn's own pid file
 _CONTROL_START = 2.0  # seconds that gunicorn gives its control server to start
+_CONTROL_ANSWER = 1.0  # seconds until it has seen that a client has left
 
 
 class Identity:
@@ -120,7 +122,7 @@ class Identity:
             return
         control._ready.wait(_CONTROL_START)  # noqa: SLF001  # it binds in a thread
         path = os.path.abspath(control.socket_path)
-        if addresses.holder(addresses.unix(path)) == f"pid {os.getpid()}":
+        if _is_ours(path):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         control.socket_path += f".{os.getpid()}"  # a path that is not there
@@ -133,6 +135,23 @@ class Identity:
         """Tell systemd which process is the main one."""
         state = f"READY=1\nMAINPID={os.getpid()}\nSTATUS={status}"
         systemd.sd_notify(state, self._server.log)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether this process's control server is bound there.
+
+    Back only when the server is done with the question: a server that closes while a connection is
+    being accepted logs tracebacks.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(_CONTROL_ANSWER)
+        client.connect(path)
+        if credentials.of_peer(client).pid == os.getpid():
+            client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(TimeoutError):
+                client.recv(1)
+            return True
+    return False
 
 
 def _end_every_task() -> None:

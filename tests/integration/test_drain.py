@@ -69,7 +69,7 @@ def test_the_app_hears_of_the_drain(place: Deploys, address: str, server: str) -
     assert new.running
 
 
-@SERVERS
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn asgi", "gunicorn uvicorn"])
 def test_long_lived_connections_are_ended_one_by_one(
     place: Deploys, address: str, server: str
 ) -> None:

@@ -155,6 +155,8 @@ class HotRestart:
             inquiry.close()
             self.role = Role.FIRST
             self._log.debug("Nobody serves in %s", place.directory)
+            if os.path.lexists(place.parent_path):  # of an instance that was killed
+                self._patience = time.monotonic() + self.takeover_timeout
             if self._moment is Moment.INHERITED:
                 self._serve(lambda: None)
         return self.role
@@ -277,6 +279,7 @@ class HotRestart:
     def _bind(
         self, one: Address, backlog: int, mode: int | None, *, v6only: bool | None
     ) -> socket.socket:
+        waiting = False
         while True:
             try:
                 return addresses.bind_fresh(one, backlog=backlog, mode=mode, v6only=v6only)
@@ -289,7 +292,9 @@ class HotRestart:
                         f"{error}, which is not to be reached in {self._place.directory}: stop "
                         "it, or pass the --hot-restart-dir that it was started with"
                     ) from cause
-            # A parent that died in the middle, or a worker of it, lets go of the address shortly.
+                if not waiting:
+                    self._log.info("%s, which may be a worker of a killed instance: waiting", error)
+            waiting = True
             time.sleep(SLICE / 10)
 
     def adopt(self, sock: socket.socket) -> None:

@@ -8,6 +8,7 @@ the selector in the midst of the calls may have its own still to come.
 from __future__ import annotations
 
 import functools
+import select
 import selectors
 import signal
 import threading
@@ -73,7 +74,8 @@ class ThreadGate:
         self._worker.handle_exit(signal.SIGTERM, None)
 
     def ready(self) -> None:
-        """Take in what the old instance's workers hand over."""
+        """Take in what the old instance's workers hand over; and hear of the master's end."""
+        self._loop.add_reader(self._side.lifeline, self._orphaned)
         if self._side.inlet is not None and self._movable:
             self._receiver = Receiver.open(
                 self._side.inlet, self._take_in, loop=self._loop, logger=self._worker.log
@@ -83,6 +85,25 @@ class ThreadGate:
         for connection in Parked(self._worker).take_in(arrivals):
             if self._mover is not None:  # this instance was replaced meanwhile, too
                 self._mover.add(connection)
+
+    def _orphaned(self) -> None:
+        """The master was killed: accept what waits, and give the addresses up before the drain.
+
+        gunicorn would notice within a second, and keep the listeners, which it does not accept on
+        any more, until the last connection has ended.
+        """
+        worker = self._worker
+        self._loop.remove_reader(self._side.lifeline)
+        worker.log.info("The master has ended, shutting down: %s", worker)
+        for one in worker.sockets:
+            for _ in range(worker.cfg.backlog):
+                if not (worker._accepting and select.select([one], [], [], 0)[0]):  # noqa: SLF001
+                    break
+                worker.accept(one)
+        worker.set_accept_enabled(False)
+        for one in worker.sockets:
+            one.close()
+        self._stop()
 
     def pause(self) -> None:
         """Have the loop find that it has too many connections, and leave the listeners alone."""

@@ -6,12 +6,15 @@ Afterwards exactly one instance serves, nobody was refused, and the next takeove
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -165,10 +168,11 @@ def test_the_child_is_stopped_for_a_while(
         if not before and "has taken over" not in parent.log:
             load.wait(answers=200)
         os.kill(stopped, signal.SIGCONT)
-        child.wait_for(TOOK_OVER)
-        load.wait(answers=50)
-        the_next_one_takes_over(place, address, args)
-        report = load.stop()
+        with going_on(child):
+            child.wait_for(TOOK_OVER)
+            load.wait(answers=50)
+            the_next_one_takes_over(place, address, args)
+            report = load.stop()
     assert not report.failures, report
     assert parent.wait() == 0, parent.log
 
@@ -177,12 +181,38 @@ def stopped_process(instance: Instance) -> int:
     """Wait until a process of this session is stopped; its pid."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        for status in Path("/proc").glob("[0-9]*/status"):
-            pid = int(status.parent.name)
-            if instance.owns(pid) and _stays_stopped(status):
-                return pid
+        for pid in stopped_processes(instance):
+            return pid
         assert instance.running, instance.log
     raise AssertionError(f"nothing has stopped: {instance.log}")
+
+
+def stopped_processes(instance: Instance) -> Iterator[int]:
+    """The pids of those of this session that are stopped."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        pid = int(status.parent.name)
+        if instance.owns(pid) and _stays_stopped(status):
+            yield pid
+
+
+@contextlib.contextmanager
+def going_on(instance: Instance) -> Iterator[None]:
+    """Let its other processes go on, too, that come to be stopped: each makes its own calls."""
+    over = threading.Event()
+
+    def let_go_on() -> None:
+        while not over.wait(0.1):
+            for pid in stopped_processes(instance):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    helper = threading.Thread(target=let_go_on)
+    helper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        helper.join()
 
 
 def _stays_stopped(status: Path) -> bool:

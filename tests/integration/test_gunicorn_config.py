@@ -34,7 +34,7 @@ from tests.integration.gunicorns import (
     up,
     workers_of,
 )
-from tests.integration.raw import ask
+from tests.integration.raw import Connection, ask, request
 
 EVERY_HOOK = """
 import sys
@@ -343,3 +343,21 @@ def test_workers_of_a_killed_master_leave(place: Deploys, address: str, worker: 
         poll = select.poll()
         poll.register(watched, select.POLLIN)
         assert poll.poll(30_000)
+
+
+@pytest.mark.parametrize("worker", ["gthread", "gevent", "asgi", "uvicorn"])
+def test_workers_of_a_killed_master_give_the_address_up(
+    place: Deploys, address: str, worker: str
+) -> None:
+    """Who starts next need not wait for the last of their answers; which they give."""
+    args = gunicorn(worker, address, "-w", "2")
+    killed = up(place, args)
+    with Connection(address) as slow, Connection(address) as idle:
+        slow.send(request("/slow?seconds=8"))
+        assert idle.get().status == 200
+        killed.signal(signal.SIGKILL)
+        following = up(place, args)
+        assert following.owns(ask(address).pid)
+        assert not select.select([slow.sock], [], [], 0)[0]
+        assert slow.answer().status == 200
+    assert following.stop() == 0

@@ -17,7 +17,7 @@ from hotrestart_plugins.app import drain
 from hotrestart_plugins.connections import Kind
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.blocking import Closing, proxied
-from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.looping import LoopGate
 from hotrestart_plugins.gunicorn.streams import EventStream, EventStreams
 from hotrestart_plugins.intake import Intake
 from hotrestart_plugins.letting_go import offer_all, stop_accepting
@@ -33,13 +33,13 @@ _SPREAD = 0.75  # of the time that is left, over which what lasts is ended
 _LOOK = 0.05  # seconds between two looks at what is still open
 
 
-class AsgiGate:
+class AsgiGate(LoopGate):
     """Closes the worker's servers and makes them anew on duplicates of their listeners."""
 
     def __init__(self, worker: Any, side: WorkerSide) -> None:
         """After the worker has set its signals, before its loop runs."""
+        super().__init__(side)
         self._worker = worker
-        self._side = side
         self._closing = Closing(worker)
         self._closing.attach()  # connections look for the hook when they are made
         self._connections: set[Any] = set()
@@ -54,8 +54,6 @@ class AsgiGate:
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
         self._paused = False
-        self._wanted = False
-        self._changing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         worker.loop.add_signal_handler(signal.SIGTERM, self._terminate)
         probe = Probe.of(side.settings, "localhost")
@@ -122,30 +120,12 @@ class AsgiGate:
         if self._mover is not None:  # this instance was replaced meanwhile, too
             self._worker.loop.call_soon(self._mover.add, connection)
 
-    def pause(self) -> None:
-        """From a signal handler: what follows is the loop's."""
-        self._want(paused=True)
+    def _its_loop(self) -> asyncio.AbstractEventLoop:
+        loop: asyncio.AbstractEventLoop = self._worker.loop
+        return loop
 
-    def resume(self) -> None:
-        """The same."""
-        self._want(paused=False)
-
-    def _want(self, *, paused: bool) -> None:
-        self._wanted = paused
-        self._worker.loop.call_soon_threadsafe(self._change)
-
-    def _change(self) -> None:
-        if self._changing is None or self._changing.done():
-            self._changing = self._worker.loop.create_task(self._follow())
-
-    async def _follow(self) -> None:
-        while self._wanted != self._paused:
-            if self._wanted:
-                await self._let_go()
-                self._side.done(Report.PAUSED)
-            else:
-                await self._take_up()
-                self._side.done(Report.RESUMED)
+    def _is_paused(self) -> bool:
+        return self._paused
 
     async def _let_go(self) -> None:
         if self._paused:

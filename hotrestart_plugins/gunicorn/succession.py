@@ -81,7 +81,7 @@ class Succession:
             self._wakeups.within(_CONTROL_DELAY, "control")
         else:
             self._identity.start_control()
-            self._log.info("Hot restart: ready")
+        self._log.info("Hot restart: ready")
 
     @property
     def allows_change(self) -> bool:

@@ -12,22 +12,20 @@ import uvicorn
 
 from hotrestart_plugins.draining import DrainingServer
 from hotrestart_plugins.errors import NotReady
-from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.looping import LoopGate
 from hotrestart_plugins.gunicorn.workers import WorkerSide, replace_where_defined
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.tally import Tally
 
 
-class UvicornGate:
+class UvicornGate(LoopGate):
     """Has the worker use a `DrainingServer`, and tells that one when to pause."""
 
     def __init__(self, worker: Any, side: WorkerSide) -> None:
+        super().__init__(side)
         self._worker = worker
-        self._side = side
         self._server: DrainingServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wanted = False
-        self._changing: asyncio.Task[None] | None = None
         if worker.config.timeout_graceful_shutdown is None:
             worker.config.timeout_graceful_shutdown = worker.cfg.graceful_timeout
         replace_where_defined(type(worker), "Server", uvicorn.Server, self._server_class())
@@ -77,33 +75,21 @@ class UvicornGate:
     def ready(self) -> None:
         """Nothing to do: uvicorn's worker passes gunicorn's backlog on."""
 
-    def pause(self) -> None:
-        """From a signal handler: what follows is the loop's."""
-        self._want(paused=True)
-
-    def resume(self) -> None:
-        """The same."""
-        self._want(paused=False)
-
     def tally(self) -> Tally:
         """The server's."""
         return self._server.tally if self._server is not None else Tally()
 
-    def _want(self, *, paused: bool) -> None:
-        self._wanted = paused
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._change)
+    def _its_loop(self) -> asyncio.AbstractEventLoop | None:
+        return self._loop
 
-    def _change(self) -> None:
-        if self._changing is None or self._changing.done():
-            self._changing = asyncio.get_running_loop().create_task(self._follow())
-
-    async def _follow(self) -> None:
+    def _is_paused(self) -> bool | None:
         server = self._server
-        while server is not None and server.started and self._wanted != server.paused:
-            if self._wanted:
-                await server.pause(self._side.successor)
-                self._side.done(Report.PAUSED)
-            else:
-                await server.resume()
-                self._side.done(Report.RESUMED)
+        return server.paused if server is not None and server.started else None
+
+    async def _let_go(self) -> None:
+        if self._server is not None:
+            await self._server.pause(self._side.successor)
+
+    async def _take_up(self) -> None:
+        if self._server is not None:
+            await self._server.resume()

@@ -1,0 +1,69 @@
+"""What the gates of workers with an asyncio loop have in common: they follow the word in the loop.
+
+The word comes by a signal, and may change while the last one is still being followed.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from typing import TYPE_CHECKING
+
+from hotrestart_plugins.gunicorn.channel import Report
+
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.workers import WorkerSide
+
+
+class LoopGate(abc.ABC):
+    """Pauses and resumes in a task of its own, one after the other."""
+
+    def __init__(self, side: WorkerSide) -> None:
+        self._side = side
+        self._wanted = False
+        self._changing: asyncio.Task[None] | None = None
+
+    def pause(self) -> None:
+        """From a signal handler: what follows is the loop's."""
+        self._want(paused=True)
+
+    def resume(self) -> None:
+        """The same."""
+        self._want(paused=False)
+
+    def _want(self, *, paused: bool) -> None:
+        self._wanted = paused
+        loop = self._its_loop()
+        if loop is not None:
+            loop.call_soon_threadsafe(self._change)
+
+    def _change(self) -> None:
+        if self._changing is None or self._changing.done():
+            self._changing = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        while (paused := self._is_paused()) is not None and self._wanted != paused:
+            if self._wanted:
+                await self._let_go()
+                self._side.done(Report.PAUSED)
+            else:
+                await self._take_up()
+                self._side.done(Report.RESUMED)
+
+    # -- each gate's own -----------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _its_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The worker's loop; None: it does not run yet."""
+
+    @abc.abstractmethod
+    def _is_paused(self) -> bool | None:
+        """Whether nothing is accepted; None: it does not serve, and nothing is to change."""
+
+    @abc.abstractmethod
+    async def _let_go(self) -> None:
+        """Stop accepting, and offer what is open to the successor, if there is one."""
+
+    @abc.abstractmethod
+    async def _take_up(self) -> None:
+        """Accept again."""

@@ -25,6 +25,7 @@ from tests.integration.gunicorns import (
     up,
     workers_of,
 )
+from tests.integration.instances import answers_once_more, finishes
 from tests.integration.raw import Connection, ask, request
 
 
@@ -93,15 +94,8 @@ def test_what_is_open_is_answered_once_more(place: Deploys, address: str, worker
         unread.send(request())
         half.send(request()[20:])
         idle.send(request())
-        for connection in (unread, half, idle):
-            answer = connection.answer()
-            assert (answer.status, old.owns(answer.pid), answer.closes) == (200, True, True)
-            assert connection.at_end()
-        answer = busy.answer()
-        assert (answer.status, old.owns(answer.pid)) == (200, True)
-        if not answer.closes:  # its headers were under way already
-            answer = busy.get()
-            assert (answer.status, answer.closes) == (200, True)
+        answers_once_more(old, (unread, half, idle))
+        finishes(old, busy)
         assert new.owns(ask(address).pid)
     old.signal(signal.SIGTERM)
     assert old.wait() == 0

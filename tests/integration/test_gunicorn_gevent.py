@@ -29,6 +29,7 @@ from tests.integration.gunicorns import (
     up,
     workers_of,
 )
+from tests.integration.instances import answers_once_more
 from tests.integration.raw import Connection, ask, request
 
 pytestmark = pytest.mark.long
@@ -92,10 +93,7 @@ def test_what_is_open_is_answered_once_more(place: Deploys, address: str, worker
         unread.send(request())
         half.send(request()[20:])
         idle.send(request())
-        for connection in (unread, half, idle):
-            answer = connection.answer()
-            assert (answer.status, old.owns(answer.pid), answer.closes) == (200, True, True)
-            assert connection.at_end()
+        answers_once_more(old, (unread, half, idle))
         if worker != "tornado":
             answer = busy.answer()
             assert (answer.status, old.owns(answer.pid)) == (200, True)

@@ -19,7 +19,14 @@ import pytest
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from tests.integration import certificates
-from tests.integration.instances import QUICK, STOPPED, successor, up
+from tests.integration.instances import (
+    QUICK,
+    STOPPED,
+    answers_once_more,
+    finishes,
+    successor,
+    up,
+)
 from tests.integration.raw import Connection, ask, request
 
 ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
@@ -83,15 +90,8 @@ def test_what_is_open_is_answered_once_more(
         half.send(request()[20:])
         idle.send(request())
         upload.send(b"full")
-        for connection in (unread, half, idle, upload):
-            answer = connection.answer()
-            assert (answer.status, old.owns(answer.pid), answer.closes) == (200, True, True)
-            assert connection.at_end()
-        answer = busy.answer()
-        assert (answer.status, old.owns(answer.pid)) == (200, True)
-        if not answer.closes:  # its headers were under way already
-            answer = busy.get()
-            assert (answer.status, answer.closes) == (200, True)
+        answers_once_more(old, (unread, half, idle, upload))
+        finishes(old, busy)
         assert new.owns(ask(address).pid)
     assert old.wait() == 0
 

@@ -36,6 +36,7 @@ from hotrestart_plugins.intake import Intake
 from hotrestart_plugins.letting_go import offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.streams import EventStreams
 from hotrestart_plugins.tally import Tally
 
 CLOSE = (b"connection", b"close")
@@ -70,6 +71,7 @@ class DrainingServer(uvicorn.Server):
         self.tally = Tally()
         """What the last drain did."""
         self._listeners: list[socket.socket] = []
+        self._streams = EventStreams()
         self._endings: Endings | None = None
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
@@ -89,6 +91,7 @@ class DrainingServer(uvicorn.Server):
             self.config.ws_protocol_class = functools.partial(  # type: ignore[assignment]
                 _websocket, self.config.ws_protocol_class
             )
+        self.config.loaded_app = self._streams.around(self.config.loaded_app)
         if self.probe is not None:
             self.lifespan.startup = functools.partial(
                 self._start_and_probe, self.lifespan.startup, self.probe
@@ -133,7 +136,7 @@ class DrainingServer(uvicorn.Server):
         await stop_accepting(self.servers, [one.fileno() for one in self._listeners])
         self.servers = []
         self._listeners = kept
-        self._endings = Endings(self.server_state)
+        self._endings = Endings(self.server_state, self._streams)
         drain.set()
         if successor is not None and movable(self.config):
             self._mover = Mover(
@@ -144,20 +147,20 @@ class DrainingServer(uvicorn.Server):
 
     def _not_moved(self) -> None:
         """The successor takes no connections any more."""
-        if self.paused:
+        if self.paused and self._mover is not None:
             self._announce_close()
 
     async def resume(self) -> None:
         """Accept again, after `pause`."""
         if not self.paused:
             return
-        self.paused = False
-        if self._mover is not None:
-            self._mover.close()
+        mover, self._mover = self._mover, None
+        if mover is not None:
+            mover.close()
         if self._endings is not None:
-            self.tally = self._endings.tally(self._moved, cut=False)
-        self._mover = self._endings = None
-        self._leaving = None
+            moved = mover.moved if mover is not None else frozenset()
+            self.tally = self._endings.tally(moved, cut=False)
+        self._endings = self._leaving = None
         drain.clear()
         self.config.encoded_headers = _without_close(self.config.encoded_headers)
         # A list of its own: responses under way keep theirs, and close.
@@ -169,6 +172,7 @@ class DrainingServer(uvicorn.Server):
                     self._protocol, sock=one, ssl=self.config.ssl, backlog=self.config.backlog
                 )
             )
+        self.paused = False
 
     def _protocol(self) -> asyncio.Protocol:
         return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -221,11 +225,11 @@ class DrainingServer(uvicorn.Server):
         await self.pause()
         begun = time.monotonic()
         self._drain_deadline = begun + seconds
-        endings = self._endings or Endings(self.server_state)
+        endings = self._endings or Endings(self.server_state, self._streams)
         while self._open() and not self.force_exit:
             now = time.monotonic()
             self._ask_all_to_leave()
-            await endings.spread(max(0.0, self._drain_deadline - now), seconds)
+            endings.spread(max(0.0, self._drain_deadline - now), seconds)
             if now >= self._drain_deadline + (_WIND_UP if endings.ended else 0.0):
                 break
             if linger is not None and now >= begun + linger:
@@ -234,6 +238,7 @@ class DrainingServer(uvicorn.Server):
                         connection.shutdown()
             moving = self._mover is not None and self._mover.busy
             await asyncio.sleep(_LOOK_MOVING if moving else _LOOK)
+        endings.give_up()
         self.tally = endings.tally(self._moved)
         return not self._open()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from uvicorn.server import ServerState
 
+from hotrestart_plugins.streams import EventStream, EventStreams
 from hotrestart_plugins.tally import Tally
 
 SPREAD = 0.2  # the last part of a drain, over which long-lived connections are ended
@@ -14,7 +16,6 @@ MOST_SPREAD = 10.0  # seconds; a longer one helps no client
 
 _NO_ERROR = 0  # RFC 9113 section 7
 _MOST_STREAM = 2**31 - 1  # a GOAWAY that only says 'no new ones, please', RFC 9113 section 6.8
-_EVENT_STREAM = b"text/event-stream"
 
 
 def is_websocket(connection: Any) -> bool:
@@ -48,43 +49,71 @@ def ask_to_leave(connection: Any, header: tuple[bytes, bytes]) -> None:
 class Endings:
     """The connections that were open when a drain began, and what becomes of them."""
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, streams: EventStreams) -> None:
+        """`streams`: those of the app's answers."""
         self._state = state
+        self._streams = streams
         self._requests = state.total_requests
         # Whether an answer was under way, or which one was the last.
         self._then = {one: (is_idle(one), getattr(one, "cycle", None)) for one in state.connections}
         self._tally = Tally()
         self._long: list[Any] | None = None
+        self._told = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self.ended: set[Any] = set()
         """The long-lived connections that were brought to their end."""
 
-    async def spread(self, left: float, whole: float) -> None:
+    def spread(self, left: float, whole: float) -> None:
         """With `left` of `whole` seconds to go, end as many of the long-lived as is due."""
         spread = min(whole * SPREAD, MOST_SPREAD)
         if left > spread:
             return
         if self._long is None:
-            self._long = [one for one in self._state.connections if _is_long(one)]
+            self._long = [
+                one for one in self._state.connections if is_websocket(one) or self._streams_of(one)
+            ]
         # The last quarter is the apps', to notice and to end.
         part = min(1.0, (spread - left) / (spread * 0.75)) if spread else 1.0
-        due = round(len(self._long) * part)
-        for one in self._long[len(self.ended) : max(due, 1)]:
-            self.ended.add(one)
+        due = max(1, round(len(self._long) * part))
+        for one in self._long[self._told : due]:
             if one in self._state.connections:
-                await self._end(one)
+                self._end(one)
+        self._told = max(self._told, due)
 
-    async def _end(self, connection: Any) -> None:
+    def _streams_of(self, connection: Any) -> list[EventStream]:
+        """Event streams under way; HTTP/2 can have several."""
+        if hasattr(connection, "cycles"):
+            cycles = {id(one) for one in connection.cycles.values()}
+        else:
+            cycles = {id(getattr(connection, "cycle", None))}
+        return [one for one in self._streams.under_way if id(one.sender) in cycles]
+
+    def _end(self, connection: Any) -> None:
         if is_websocket(connection):
+            self.ended.add(connection)
             self._tally.websockets += 1
             connection.shutdown()
             return
-        # Its last chunk, so that the client sees the end of the stream and not a cut; the app's
-        # receive() then says that the client has gone.
-        for cycle in _event_streams(connection):
+        # In tasks, since a client that does not read holds its own up, and nobody else's.
+        for stream in self._streams_of(connection):
+            task = asyncio.get_running_loop().create_task(self._end_stream(connection, stream))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _end_stream(self, connection: Any, stream: EventStream) -> None:
+        """Send its last chunk, so that the client sees the end of the stream and not a cut."""
+        cycle: Any = stream.sender
+        cycle.keep_alive = False
+        await stream.end()
+        if stream.ended:
+            self.ended.add(connection)
             self._tally.streams += 1
-            cycle.keep_alive = False
-            await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
-            cycle.disconnected = True  # what the app sends until it has heard goes nowhere
+            cycle.disconnected = True  # the app's receive() says that the client has gone
+
+    def give_up(self) -> None:
+        """The time is over: wait no more for clients that do not read."""
+        for task in self._tasks:
+            task.cancel()
 
     def tally(self, moved: AbstractSet[Any] = frozenset(), *, cut: bool = True) -> Tally:
         """The account, as of now, less what was `moved`; `cut`: what is open is cut off."""
@@ -110,24 +139,3 @@ class Endings:
         busy = tally.cut_requests + tally.cut_websockets
         tally.cut_tasks = max(0, len(self._state.tasks) - busy)
         return tally
-
-
-def _is_long(connection: Any) -> bool:
-    """Whether it lasts until somebody ends it: a WebSocket, or an event stream under way."""
-    return is_websocket(connection) or bool(_event_streams(connection))
-
-
-def _event_streams(connection: Any) -> list[Any]:
-    """Its requests whose answers are event streams, and under way; HTTP/2 can have several."""
-    if hasattr(connection, "cycles"):
-        cycles = list(connection.cycles.values())
-    else:
-        cycles = [getattr(connection, "cycle", None)]
-    return [one for one in cycles if one is not None and _is_event_stream(one)]
-
-
-def _is_event_stream(cycle: Any) -> bool:
-    if cycle.response_complete or not cycle.response_started:
-        return False
-    accepted = (value for name, value in cycle.scope["headers"] if name == b"accept")
-    return any(_EVENT_STREAM in value for value in accepted)

@@ -45,7 +45,7 @@ def _kind_h11(connection: Any) -> Kind | None:
         return None
     cycle = connection.cycle
     if cycle is None:
-        return Kind.UNREAD
+        return _unasked(connection)
     return Kind.IDLE if cycle.response_complete and cycle.keep_alive else None
 
 
@@ -53,10 +53,15 @@ def _kind_httptools(connection: Any) -> Kind | None:
     cycle = connection.cycle
     if cycle is None:
         # The scope is made with the first byte of a message.
-        return Kind.UNREAD if connection.scope is None else None
+        return _unasked(connection) if connection.scope is None else None
     whole = cycle.response_complete and not cycle.more_body and not connection.pipeline
     # A later message has begun if the scope is no longer that of the last request.
     return Kind.IDLE if whole and cycle.keep_alive and cycle.scope is connection.scope else None
+
+
+def _unasked(connection: Any) -> Kind:
+    """Of one that was asked nothing here: where its time runs, it has answered elsewhere."""
+    return Kind.UNREAD if connection.timeout_keep_alive_task is None else Kind.IDLE
 
 
 def movable(config: uvicorn.Config) -> bool:

@@ -18,18 +18,20 @@ from hotrestart_plugins.connections import Kind
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.blocking import Closing, proxied
 from hotrestart_plugins.gunicorn.looping import LoopGate
-from hotrestart_plugins.gunicorn.streams import EventStream, EventStreams
 from hotrestart_plugins.intake import Intake
 from hotrestart_plugins.letting_go import offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.streams import EventStream, EventStreams
 from hotrestart_plugins.tally import Tally
 
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _SERVICE_RESTART = 1012  # close code, RFC 6455 section 7.4.2, IANA's registry
-_SPREAD = 0.75  # of the time that is left, over which what lasts is ended
+_LAST_PART = 0.2  # of a drain, over which what lasts is ended
+_LAST_SECONDS = (2.0, 10.0)  # that it has at least, and at most
+_SPREAD = 0.75  # of the last part; the rest is the apps', to notice and to end
 _LOOK = 0.05  # seconds between two looks at what is still open
 
 
@@ -44,11 +46,12 @@ class AsgiGate(LoopGate):
         self._closing.attach()  # connections look for the hook when they are made
         self._connections: set[Any] = set()
         gasgi.ASGIProtocol = self._protocol_class()
-        self._open = self._busy = 0
+        self._open = self._busy = self._moved = 0
         self._last: Tally | None = None
         self._ended: set[Any] = set()  # WebSockets that were told to come back
         self._streams = EventStreams()
-        self._streams_ended = 0
+        self._ended_streams = 0
+        self._endings: set[asyncio.Task[None]] = set()
         worker.asgi = self._streams.around(worker.asgi)
         self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
         self._mover: Mover | None = None
@@ -124,8 +127,8 @@ class AsgiGate(LoopGate):
         loop: asyncio.AbstractEventLoop = self._worker.loop
         return loop
 
-    def _is_paused(self) -> bool:
-        return self._paused
+    def _stays(self) -> bool:
+        return self._leaving is None and bool(self._worker.alive)
 
     async def _let_go(self) -> None:
         if self._paused:
@@ -139,7 +142,7 @@ class AsgiGate(LoopGate):
         worker.servers.clear()
         for one, duplicate in zip(worker.sockets, kept, strict=True):
             one.sock = duplicate
-        self._open, self._busy = len(self._connections), self._busy_now()
+        self._open, self._busy, self._moved = len(self._connections), self._busy_now(), 0
         drain.set()
         if successor is not None:
             self._mover = Mover(
@@ -167,6 +170,7 @@ class AsgiGate(LoopGate):
             )
         if self._mover is not None:
             self._mover.close()
+            self._moved, self._mover = len(self._mover.moved), None
         self._closing.end(detach=False)
         drain.clear()
         self._paused = False
@@ -187,13 +191,13 @@ class AsgiGate(LoopGate):
     def _account(self) -> Tally:
         """By the number of connections and of requests: what was under way, and what came."""
         left, busy, websockets = len(self._connections), self._busy_now(), self._websockets()
-        moved = len(self._mover.moved) if self._mover is not None else 0
+        moved = len(self._mover.moved) if self._mover is not None else self._moved
         answers = max(0, self._busy + self._closing.requests - busy)
         tally = Tally.by_numbers(self._open, left, answers, moved)
         if not self._worker.alive:
-            tally.cut_requests = max(0, busy - websockets - self._streams.lingering)
+            tally.cut_requests = busy - websockets
             tally.cut_websockets = websockets - self._closing_websockets()
-            tally.websockets, tally.streams = len(self._ended), self._streams_ended
+            tally.websockets, tally.streams = len(self._ended), self._ended_streams
             tally.finished = max(0, tally.finished - tally.websockets - tally.streams)
             tally.cut_idle = left - busy
         return tally
@@ -267,31 +271,52 @@ class AsgiGate(LoopGate):
         spent = int(worker.loop.time() - began)
         worker.cfg.set("graceful_timeout", max(0, patience - spent))
         worker.alive = False
-        await self._end_long(worker.loop.time(), max(_LOOK, (patience - spent) * _SPREAD))
+        await self._end_long(began + patience, patience)
 
-    async def _end_long(self, began: float, spread: float) -> NoReturn:
+    async def _end_long(self, deadline: float, patience: float) -> NoReturn:
         """End what lasts, one after another; go on until gunicorn cancels what is left."""
-        long: list[Any] = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
-        long += self._streams.under_way
+        least, most = _LAST_SECONDS
+        last_part = min(max(patience * _LAST_PART, least), most)
+        begins = deadline - last_part
+        long: list[Any] | None = None
         done = 0
         while True:
-            part = min(1.0, (self._worker.loop.time() - began) / spread)
-            for one in long[done : max(1, round(len(long) * part))]:
-                done += 1
-                with contextlib.suppress(OSError, RuntimeError):  # its client has gone
-                    await self._end(one)
+            now = self._worker.loop.time()
+            if now >= begins:
+                if long is None:
+                    long = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
+                    long += self._streams.under_way
+                part = min(1.0, (now - begins) / (last_part * _SPREAD))
+                due = max(1, round(len(long) * part))
+                for one in long[done:due]:
+                    self._end(one)
+                done = max(done, due)
             self._last = self._account()
             await asyncio.sleep(_LOOK)
 
-    async def _end(self, one: Any) -> None:
-        if isinstance(one, EventStream):
-            self._streams_ended += not one.over
-            await one.end()
-            return
-        self._ended.add(one)
-        websocket = one._websocket  # noqa: SLF001
-        if websocket.accepted and not websocket.closed:
-            await websocket._send_close(_SERVICE_RESTART)  # noqa: SLF001
+    def _end(self, one: Any) -> None:
+        # In tasks, since a client that does not read holds its own up, and nobody else's.
+        ending = self._end_stream(one) if isinstance(one, EventStream) else self._end_websocket(one)
+        task = self._worker.loop.create_task(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    async def _end_websocket(self, connection: Any) -> None:
+        self._ended.add(connection)
+        websocket = connection._websocket  # noqa: SLF001
+        if websocket is not None and websocket.accepted and not websocket.closed:
+            with contextlib.suppress(OSError, RuntimeError):  # its client has gone
+                await websocket._send_close(_SERVICE_RESTART)  # noqa: SLF001
+
+    async def _end_stream(self, stream: EventStream) -> None:
+        """Of HTTP/1 close the connection: nobody would answer on it until the app has returned."""
+        with contextlib.suppress(OSError, RuntimeError):
+            await stream.end()
+        if stream.ended:
+            self._ended_streams += 1
+            connection = getattr(getattr(stream.receive, "__self__", None), "protocol", None)
+            if connection is not None:
+                connection._close_transport()  # noqa: SLF001  # gunicorn then tells the app
 
 
 class Waiting:
@@ -312,7 +337,9 @@ class Waiting:
             or not connection.untouched
         ):
             return None
-        return Kind.UNREAD if connection.req_count == 1 else Kind.IDLE
+        # Where its time runs, it has answered: here, or elsewhere.
+        asked = connection.req_count > 1 or connection._keepalive_handle is not None  # noqa: SLF001
+        return Kind.IDLE if asked else Kind.UNREAD
 
     def watch(self, connection: Any, answered: Callable[[], None]) -> None:
         """Each says by itself when it begins to wait."""

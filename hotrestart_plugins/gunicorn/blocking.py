@@ -26,8 +26,6 @@ from hotrestart_plugins.tally import Tally
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
 
-_NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
-
 
 def _no_accept() -> NoReturn:
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

@@ -8,6 +8,7 @@ the selector in the midst of the calls may have its own still to come.
 from __future__ import annotations
 
 import functools
+import os
 import select
 import selectors
 import signal
@@ -47,6 +48,7 @@ class ThreadGate:
         self._receiver: Receiver | None = None
         self._open = 0
         self._stop_by = 0.0
+        self._is_orphan = False
         self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
         self._finish = worker.finish_request
         signal.signal(signal.SIGTERM, self._terminate)
@@ -76,6 +78,7 @@ class ThreadGate:
     def ready(self) -> None:
         """Take in what the old instance's workers hand over; and hear of the master's end."""
         self._loop.add_reader(self._side.lifeline, self._orphaned)
+        self._worker.is_parent_alive = self._has_parent
         if self._side.inlet is not None and self._movable:
             self._receiver = Receiver.open(
                 self._side.inlet, self._take_in, loop=self._loop, logger=self._worker.log
@@ -86,15 +89,24 @@ class ThreadGate:
             if self._mover is not None:  # this instance was replaced meanwhile, too
                 self._mover.add(connection)
 
+    def _has_parent(self) -> bool:
+        """As gunicorn's, which would leave its loop at once; without a parent this one stops."""
+        if os.getppid() != self._worker.ppid:
+            self._orphaned()
+        return True
+
     def _orphaned(self) -> None:
         """The master was killed: accept what waits, and give the addresses up before the drain.
 
         gunicorn would notice within a second, and keep the listeners, which it does not accept on
         any more, until the last connection has ended.
         """
+        if self._is_orphan:
+            return
+        self._is_orphan = True
         worker = self._worker
         self._loop.remove_reader(self._side.lifeline)
-        worker.log.info("The master has ended, shutting down: %s", worker)
+        worker.log.info("Parent changed, shutting down: %s", worker)
         for one in worker.sockets:
             for _ in range(worker.cfg.backlog):
                 if not (worker._accepting and select.select([one], [], [], 0)[0]):  # noqa: SLF001

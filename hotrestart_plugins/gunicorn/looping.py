@@ -20,7 +20,7 @@ class LoopGate(abc.ABC):
 
     def __init__(self, side: WorkerSide) -> None:
         self._side = side
-        self._wanted = False
+        self._wanted = self._told = False
         self._changing: asyncio.Task[None] | None = None
 
     def pause(self) -> None:
@@ -42,12 +42,14 @@ class LoopGate(abc.ABC):
             self._changing = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
-        while (paused := self._is_paused()) is not None and self._wanted != paused:
-            if self._wanted:
+        while self._wanted != self._told:
+            self._told = self._wanted
+            if self._told:
                 await self._let_go()
                 self._side.done(Report.PAUSED)
             else:
-                await self._take_up()
+                if self._stays():
+                    await self._take_up()
                 self._side.done(Report.RESUMED)
 
     # -- each gate's own -----------------------------------------------------------------------
@@ -57,12 +59,12 @@ class LoopGate(abc.ABC):
         """The worker's loop; None: it does not run yet."""
 
     @abc.abstractmethod
-    def _is_paused(self) -> bool | None:
-        """Whether nothing is accepted; None: it does not serve, and nothing is to change."""
+    def _stays(self) -> bool:
+        """Whether the worker is not about to end: then it is to accept nothing any more."""
 
     @abc.abstractmethod
     async def _let_go(self) -> None:
-        """Stop accepting, and offer what is open to the successor, if there is one."""
+        """Stop accepting, and offer what is open to the successor; once is enough."""
 
     @abc.abstractmethod
     async def _take_up(self) -> None:

@@ -28,7 +28,7 @@ from hotrestart_plugins.tally import Tally
 _LOOK = 0.25  # seconds between two looks at the child, while there is one: a pidfd sends no SIGIO
 _CONTROL_DELAY = 1.0  # seconds in which the replaced instance stops its control server
 _NO_WINDOW = 1.0  # seconds that workers have to stop accepting before they are stopped
-_WIND_UP = 1  # seconds that a worker may take beyond the drain
+_WIND_UP = 3  # seconds that a worker may take beyond the drain: to notice, and to clean up
 _MOST_BATCHES = 16  # of datagrams in one step, so that a flood cannot starve the arbiter
 
 
@@ -146,8 +146,6 @@ class Succession:
         self._phase = Phase.PAUSED
         self._paused_at = time.monotonic()
         self._workers_before = self._server.num_workers
-        self._wakeups.never("control")
-        self._identity.stop_control()
         child = self._hot.child
         self._tally = Tally()
         self._record = None
@@ -158,18 +156,26 @@ class Succession:
             if not self.settings.no_handover:
                 successor = child.pid
         self._channel.order(paused=True, successor=successor)
-        self._awaited = set(self._ready)
-        self._signal(self._ready)
-        if not workers.kind_of(self._server.worker_class):
+        if self._known:  # any other class would die of the signal
+            self._awaited = set(self._ready)
+            self._signal(self._ready)
+        self._wakeups.never("control")
+        self._identity.stop_control()
+        if not self._known:
             self._leave()
         self._wakeups.within(self.settings.rollback_window or _NO_WINDOW, "window")
+
+    @property
+    def _known(self) -> bool:
+        """Whether the workers can pause, and report."""
+        return bool(workers.kind_of(self._server.worker_class))
 
     def _hold_still(self) -> None:
         """Start no worker in the place of one that ends: the code on disk is the new one."""
         # The attribute, not the property: the user's nworkers_changed has no part in this.
         self._server._num_workers = len(self._server.WORKERS)  # noqa: SLF001
-        # Those that were still starting when the others were signalled.
-        self._signal(self._ready - self._signalled)
+        if self._known:  # those that were still starting when the others were signalled
+            self._signal(self._ready - self._signalled)
 
     def _signal(self, pids: set[int]) -> None:
         """Have workers look at the channel's word; only those that are ready can bear it."""
@@ -245,7 +251,7 @@ class Succession:
         # The workers keep the time themselves; who is still there later is killed.
         left = self._paused_at + self.settings.drain_timeout - time.monotonic()
         self._server.cfg.set("graceful_timeout", max(1, math.ceil(left)) + _WIND_UP)
-        self._unheard = set(self._server.WORKERS)
+        self._unheard = set(self._server.WORKERS) if self._known else set()
 
     def ended(self, reports: list[Message]) -> None:
         """The workers have ended; their last reports."""

@@ -82,9 +82,8 @@ class UvicornGate(LoopGate):
     def _its_loop(self) -> asyncio.AbstractEventLoop | None:
         return self._loop
 
-    def _is_paused(self) -> bool | None:
-        server = self._server
-        return server.paused if server is not None and server.started else None
+    def _stays(self) -> bool:
+        return self._server is not None and not self._server.should_exit
 
     async def _let_go(self) -> None:
         if self._server is not None:

@@ -100,6 +100,12 @@ class Succession:
     def _tally(self) -> dict[str, int]:
         return asdict(self._serving.tally)
 
+    def _drained(self, drain: asyncio.Future[bool], record: Record) -> None:
+        error = drain.exception()
+        if error is not None:  # it leaves all the same, and cuts off what is open
+            logger.error("The drain has failed", exc_info=error)
+        record.note("drained", tally=self._tally())
+
     async def _leave(self) -> None:
         """Drain, stand by through the rollback window, and go; or serve again."""
         window = self._loop.time() + self._settings.rollback_window
@@ -117,7 +123,7 @@ class Succession:
         try:
             await asyncio.wait({drain, ended}, return_when=asyncio.FIRST_COMPLETED)
             if drain.done():
-                record.note("drained", tally=self._tally())
+                self._drained(drain, record)
             if not ended.done():
                 await asyncio.wait({ended}, timeout=max(0.0, window - self._loop.time()))
             if ended.done() and self._after is After.RESUME:
@@ -128,8 +134,8 @@ class Succession:
                 record.note("accepting again", outcome="rolled back", tally=self._tally())
                 return
             if not drain.done():
-                await drain
-                record.note("drained", tally=self._tally())
+                await asyncio.wait({drain})
+                self._drained(drain, record)
         finally:
             drain.cancel()
             ended.cancel()

@@ -63,9 +63,14 @@ def successor(place: Deploys, old: Instance, args: list[str], **env: str) -> Ins
     return instances.successor(place, old, args, **{**QUICK, **env})
 
 
+def booted(instance: Instance) -> list[int]:
+    """The pids of its workers, in the order in which they were started, by its log."""
+    return [int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", instance.log)]
+
+
 def workers_of(instance: Instance) -> set[int]:
-    """The pids of its workers, by its log."""
-    return {int(pid) for pid in re.findall(r"Booting worker with pid: (\d+)", instance.log)}
+    """The pids of its workers."""
+    return set(booted(instance))
 
 
 def only_line(log: str, text: str) -> str:

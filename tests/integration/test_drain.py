@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -94,6 +95,66 @@ def test_long_lived_connections_are_ended_one_by_one(
     assert "Traceback" not in old.log
     for one in (*sockets, *streams):
         one.sock.close()
+
+
+STREAMS = """
+import asyncio
+ended = asyncio.Event()
+HEAD = {"type": "http.response.start", "status": 200}
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise RuntimeError("no lifespan")
+    await receive()
+    if scope["path"] == "/json":
+        await send({**HEAD, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b"[", "more_body": True})
+        await ended.wait()
+        await send({"type": "http.response.body", "body": b"]"})
+        return
+    await send({**HEAD, "headers": [(b"content-type", b"text/event-stream")]})
+    flood = scope["path"] == "/flood"
+    await send({"type": "http.response.body", "body": b"data: 1\\n\\n", "more_body": True})
+    while flood:
+        await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    ended.set()
+"""
+ACCEPT = "Accept: application/json, text/event-stream\r\n"
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "gunicorn asgi"])
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+def test_only_event_streams_are_ended(
+    place: Deploys, address: str, tmp_path: Path, server: str, http: str
+) -> None:
+    """Not every answer to a client that would accept one: those that are under way are finished.
+    And of a stream's client that does not read, nobody else hears."""
+    (tmp_path / "streams.py").write_text(STREAMS)
+    one_parser = ("--http", http) if server == "uvicorn" else ("-w", "1", "--no-control-socket")
+    args = command(server, address, *one_parser)
+    args[args.index("app:app")] = "streams:app"
+    env = {"PYTHONPATH": str(tmp_path), "HOTRESTART_DRAIN_TIMEOUT": "4"}
+    old = up(place, args, **env)
+    with contextlib.ExitStack() as stack:
+
+        def asked(path: str) -> Connection:
+            connection = stack.enter_context(Connection(address))
+            connection.send(request(path, ACCEPT))
+            assert connection.sock.recv(12) == b"HTTP/1.1 200"
+            return connection
+
+        flood = asked("/flood")
+        plain = [asked("/json") for _ in range(5)]
+        stream = asked("/stream")
+        take_over(place, args, **env)
+        assert read_all(stream.sock).endswith(b"0\r\n\r\n")
+        for one in plain:
+            read_until(one.sock, b"1\r\n]\r\n0\r\n\r\n")
+        assert old.wait() == 0
+        assert "1 event streams), 1 cut off" in old.log, old.log
+        flood.sock.close()
 
 
 def test_what_a_drain_did_is_counted(place: Deploys, address: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
 from pathlib import Path
@@ -20,16 +22,18 @@ from tests.integration.gunicorns import (
     STOPPED,
     WINDOW,
     WORKERS,
+    booted,
     gunicorn,
     kill,
     only_line,
     own_config,
     start,
     successor,
+    until,
     up,
     workers_of,
 )
-from tests.integration.raw import Connection, ask
+from tests.integration.raw import Connection, ask, request
 
 pytestmark = pytest.mark.faults
 
@@ -137,6 +141,34 @@ def test_rolled_back_connections_are_kept_alive_again(
     with Connection(address) as connection:
         assert not connection.get().closes
         assert not connection.get().closes
+
+
+@pytest.mark.parametrize("worker", ["gthread", "asgi", "uvicorn"])
+def test_a_worker_that_leaves_does_not_accept_again(
+    place: Deploys, address: str, worker: str
+) -> None:
+    """One less by TTOU, still busy when a takeover is rolled back: it would cut off what came."""
+    args = gunicorn(worker, address, "-w", "2")
+    parent = up(place, args, **WINDOW)
+    with contextlib.ExitStack() as stack:
+        busy: dict[int, Connection] = {}
+        while len(busy) < 2:
+            one = stack.enter_context(Connection(address))
+            busy.setdefault(one.get().pid, one)
+        for one in busy.values():
+            one.send(request("/slow?seconds=10"))
+        parent.signal(signal.SIGTTOU)
+        _oldest, stays = booted(parent)
+        until(lambda: {ask(address).pid for _ in range(8)} == {stays})
+        child = start(place, args, **WINDOW)
+        child.wait_for(TOOK_OVER)
+        parent.wait_for(STOPPED)
+        kill(child)
+        parent.wait_for("Accepting again")
+        assert {ask(address).pid for _ in range(20)} == {stays}
+        assert not select.select([one.sock for one in busy.values()], [], [], 0)[0]
+        assert all(one.answer().status == 200 for one in busy.values())
+    assert parent.stop() == 0
 
 
 def test_a_worker_that_dies_in_the_window_is_not_replaced(place: Deploys, address: str) -> None:

@@ -24,6 +24,7 @@ from hotrestart_plugins.draining import DrainingServer
 from tests.integration.instances import QUICK, STOPPED
 from tests.integration.raw import Connection, ask, request
 
+SHORT = ("--timeout-keep-alive", "8")
 LONG = ("--timeout-keep-alive", "60")
 
 
@@ -215,6 +216,23 @@ def test_what_arrives_at_one_that_was_replaced_goes_on(
             assert (answer.status, answer.closes) == (200, False)
             assert time.monotonic() < deadline
             answer = busy.get()
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
+def test_one_that_moves_twice_keeps_its_timeout(place: Deploys, address: str, server: str) -> None:
+    """Where it is asked nothing meanwhile, too: its client may have gone without a word."""
+    gunicorn = server.startswith("gunicorn")
+    more = ("-w", "1", "--keep-alive", "8", "--no-control-socket") if gunicorn else SHORT
+    args = command(server, address, *more)
+    old = start(place, args, *UP)
+    with Connection(address) as idle:
+        assert not idle.get().closes
+        for _ in range(2):
+            new = start(place, args, TOOK_OVER)
+            assert old.wait() == 0
+            assert outcome(place, new)["moved"] == 1
+            old = new
+        assert idle.at_end()
 
 
 def test_switched_off(place: Deploys, address: str) -> None:

@@ -9,7 +9,7 @@ nobody is leaving, a line of raw counts.
 
 Status 0 if no request failed, none was given up, no idle connection was closed unannounced, every
 replaced instance ended with 0 and left no process, and the descriptors, the threads, the memory and
-the files of the meeting directory were in the end what they were at takeover ten.
+the files of the meeting directory were in the end no more than in the beginning.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ SIZES = Sizes(
 
 PAUSE = 0.05  # seconds of a client between two requests: connections are met busy and idle alike
 EVERY = 10  # takeovers: a look at what is held, when nobody is leaving; the last is as the first
+SEEN = 5  # looks in the beginning and at the end that are compared
 DRIFT = 0.05  # of the memory: each instance is a fresh process, what differs is noise
 LOAD_AGE = 240.0  # seconds until the load process is replaced by a fresh one
 MOST_FAILED_TAKEOVERS = 20
@@ -344,15 +345,20 @@ def judge(soak: Soak) -> None:
     if len(soak.footprints) < 2:
         soak.fault(f"too few takeovers to compare: pass more than {EVERY}")
         return
-    first, last = soak.footprints[0], soak.footprints[-1]
-    if first.descriptors != last.descriptors:
-        more, less = last.descriptors - first.descriptors, first.descriptors - last.descriptors
-        soak.fault(f"descriptors: {dict(more)} more, {dict(less)} less than at {EVERY}")
-    # A pool starts its threads as they are wanted: fewer of them are no fault.
-    most = max(one.threads for one in soak.footprints[:5])
-    if last.threads > most or last.processes != first.processes:
-        soak.fault(f"at {EVERY} {first}, at the end {last}; in the beginning up to {most} threads")
-    before, after = memory(soak.footprints[:5]), memory(soak.footprints[-5:])
+    first, last = soak.footprints[:SEEN], soak.footprints[-SEEN:]
+    # What comes and goes, a thread of a pool, a selector of a request, is no fault: what stays is.
+    for kind in {kind for one in soak.footprints for kind in one.descriptors}:
+        most, least = (
+            max(one.descriptors[kind] for one in first),
+            min(one.descriptors[kind] for one in last),
+        )
+        if least > most:
+            soak.fault(f"{kind}: {least} or more at the end, {most} at most in the beginning")
+    if min(one.threads for one in last) > max(one.threads for one in first):
+        soak.fault(f"threads: {first[0]} in the beginning, {last[-1]} at the end")
+    if first[0].processes != last[-1].processes:
+        soak.fault(f"processes: {first[0]} in the beginning, {last[-1]} at the end")
+    before, after = memory(first), memory(last)
     if after > before * (1 + DRIFT):
         soak.fault(f"memory: {before:.1f} MiB in the beginning, {after:.1f} in the end")
     if soak.files[0] != soak.files[-1]:
@@ -385,7 +391,7 @@ def table(soaks: list[Soak]) -> str:
                 *(_median(one.took), _median(one.gone)),
                 " → ".join(str(end.descriptors.total()) for end in ends),
                 " → ".join(str(end.threads) for end in ends),
-                f"{memory(seen[:5]):.1f} → {memory(seen[-5:]):.1f}" if seen else "",
+                f"{memory(seen[:SEEN]):.1f} → {memory(seen[-SEEN:]):.1f}" if seen else "",
                 f"{len(one.files[0])} → {len(one.files[-1])}" if seen else "",
             )
         )

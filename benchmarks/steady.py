@@ -159,9 +159,7 @@ def fresh_start(name: str, *, plain: bool) -> Measured:
     with Deploys() as place:
         server = place.start(bare(name, address, plain=plain), **ENVIRONMENT)
         server.wait_for(*PLAIN_UP)
-        seen = first_answer(server, address)
-        server.stop()
-    return seen
+        return first_answer(server, address)
 
 
 def starts(name: str, number: int) -> dict[str, list[Measured]]:

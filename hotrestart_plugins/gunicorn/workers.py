@@ -43,6 +43,7 @@ _GATES = {
     "uvicorn": ("uvicorn_worker", "UvicornGate"),
 }
 _WITH_A_LOOP = ("asgi", "uvicorn")
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def kind_of(worker_class: type) -> str:
@@ -97,18 +98,41 @@ class WorkerSide:
         self._looking = False
         self._graceful = worker.cfg.graceful_timeout
         self._drain_ends = 0.0
+        self._handlers: dict[int, Any] = {}
 
     def forked(self) -> None:
         """First of all in the new process: keep only what is a worker's."""
         forget_in_worker()
         # The first heartbeat of every worker class comes when it is able to serve.
         self._worker.notify = self._first_notify
+        self._end_at_once_until_loaded()
+
+    def _end_at_once_until_loaded(self) -> None:
+        """When told to stop: nothing has been accepted yet.
+
+        gunicorn loses such a signal before it has set its own handlers, and looks for it then only
+        when the app is loaded, which may never be.
+        """
+        init_signals = self._worker.init_signals
+
+        def end(_number: int, _frame: FrameType | None) -> NoReturn:
+            sys.exit(0)
+
+        def init_and_end() -> None:
+            init_signals()
+            self._handlers = {number: signal.signal(number, end) for number in _STOPS}
+
+        self._worker.init_signals = init_and_end
+        for number in _STOPS:
+            signal.signal(number, end)
 
     def initialised(self) -> None:
         """The app is loaded; the loop, if there is one, does not run yet.
 
         Exits if the app fails the probe, where that can be asked without a loop.
         """
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         kind = kind_of(type(self._worker))
         probe = Probe.of(self.settings, "localhost")
         if probe is not None and kind not in _WITH_A_LOOP:

@@ -15,7 +15,7 @@ PACKAGE = Path(hotrestart_plugins.__file__).parent
 NAME = "hotrestart_plugins"
 
 FLOORS = [
-    {"errors", "tally"},
+    {"errors", "tally", "streams"},
     {"credentials"},
     {"wire", "transport", "address", "settings"},
     {"rendezvous", "connections"},

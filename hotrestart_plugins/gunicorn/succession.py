@@ -259,7 +259,8 @@ class Succession:
             return
         for one in reports:
             self._tally += one.tally
-            self._unheard.discard(one.pid)
+            if one.what is Report.ENDS:
+                self._unheard.discard(one.pid)
         # A killed worker was in the midst of a request, of one at least.
         self._tally.cut_requests += len(self._unheard)
         if self._tally.cut:

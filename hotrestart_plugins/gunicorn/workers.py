@@ -133,6 +133,8 @@ class WorkerSide:
         """
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+            if number == signal.SIGTERM:  # as gunicorn has it: no call of the app's is interrupted
+                signal.siginterrupt(number, False)
         kind = kind_of(type(self._worker))
         probe = Probe.of(self.settings, "localhost")
         if probe is not None and kind not in _WITH_A_LOOP:

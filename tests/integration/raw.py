@@ -67,6 +67,13 @@ class Connection:
             raise ConnectionError(f"the connection ended after {line!r}")
         return line[:-2]
 
+    def begin_upload(self) -> None:
+        """Have a request under way for sure: the app waits for five bytes."""
+        head = b"POST /upload HTTP/1.1\r\nHost: demo\r\nContent-Length: 5\r\n"
+        self.send(head + b"Expect: 100-continue\r\n\r\n")
+        wanted = b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert self.sock.recv(len(wanted), socket.MSG_WAITALL) == wanted
+
     def at_end(self) -> bool:
         """Whether the server closes the connection, without a reset."""
         return self._file.read(1) == b""

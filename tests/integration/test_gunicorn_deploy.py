@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,6 @@ def steps_of(record: dict[str, Any]) -> list[tuple[int, str]]:
     return [(step["by"], step["step"]) for step in record["steps"]]
 
 
-def begin_upload(connection: Connection) -> None:
-    """Have a request under way for sure: the app waits for five bytes."""
-    head = b"POST /upload HTTP/1.1\r\nHost: demo\r\nContent-Length: 5\r\n"
-    connection.send(head + b"Expect: 100-continue\r\n\r\n")
-    wanted = b"HTTP/1.1 100 Continue\r\n\r\n"
-    assert connection.sock.recv(len(wanted), socket.MSG_WAITALL) == wanted
-
-
 # -- the record ------------------------------------------------------------------------------------
 
 
@@ -57,7 +48,7 @@ def test_the_record_of_a_takeover(place: Deploys, address: str, worker: str) -> 
     args = gunicorn(worker, address, "-w", "1")
     old = up(place, args, **WINDOW, HOTRESTART_NO_CONNECTION_HANDOVER="1")
     with Connection(address) as busy:
-        begin_upload(busy)
+        busy.begin_upload()
         new = start(place, args, **QUICK)
         new.wait_for(TOOK_OVER)
         if worker != "sync":  # one that waits for its client cannot say so
@@ -91,7 +82,7 @@ def test_what_the_drain_cuts_off_is_counted(place: Deploys, address: str, worker
     args = gunicorn(worker, address, "-w", "1")
     old = up(place, args, HOTRESTART_DRAIN_TIMEOUT="1")
     with Connection(address) as busy:
-        begin_upload(busy)
+        busy.begin_upload()
         new = start(place, args, **QUICK)
         new.wait_for(TOOK_OVER)
         assert old.wait() == 0, old.log

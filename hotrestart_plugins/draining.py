@@ -158,6 +158,7 @@ class DrainingServer(uvicorn.Server):
         if mover is not None:
             mover.close()
         if self._endings is not None:
+            self._endings.give_up()
             moved = mover.moved if mover is not None else frozenset()
             self.tally = self._endings.tally(moved, cut=False)
         self._endings = self._leaving = None

@@ -54,7 +54,7 @@ class WorkerServer(DrainingServer):
         self.drain_timeout = settings.drain_timeout
         self.probe = Probe.of(settings, f"{config.host}:{config.port}")
         self._link = link
-        self._draining: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; then tell the supervisor, and listen to it."""
@@ -77,23 +77,29 @@ class WorkerServer(DrainingServer):
             return
         except OSError:
             word = b""
-        if self._draining is not None:
-            self._draining.cancel()
+        before = self._following
         loop = asyncio.get_running_loop()
         word, _, rest = word.partition(b" ")
         if word == PAUSE:
             directory, pid = json.loads(rest) if rest else (None, 0)
             successor = Successor(Path(directory), pid) if directory else None
-            self._draining = loop.create_task(self._pause_and_drain(successor))
-        elif word == RESUME:
-            self._draining = loop.create_task(self.resume())
+            self._following = loop.create_task(self._pause_and_drain(successor, before))
+            return
+        if before is not None:
+            before.cancel()  # a drain
+        if word == RESUME:
+            self._following = loop.create_task(self.resume())
         else:
             # The supervisor is gone. An orphan would go on serving old code beside the new one.
             loop.remove_reader(self._link.fileno())
             logger.warning("The supervisor has ended; worker [%d] drains and leaves", os.getpid())
             self.should_exit = True
 
-    async def _pause_and_drain(self, successor: Successor | None) -> None:
+    async def _pause_and_drain(
+        self, successor: Successor | None, before: asyncio.Task[None] | None
+    ) -> None:
+        if before is not None:  # it may still be about to accept again
+            await asyncio.wait({before})
         await self.pause(successor)
         self._say(PAUSED)
         await self.drain(self.drain_timeout)

@@ -128,15 +128,18 @@ class Instance:
         deadline = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._out.fileno(), select.POLLIN)
-        while not any(self.log.count(text) >= count for text in texts):
+        while True:
+            goes_on = self._read()
+            log = self._log.decode(errors="replace")  # as of that: what comes now wakes the poll
+            if any(log.count(text) >= count for text in texts):
+                return time.monotonic()
+            if not goes_on:
+                raise DeployError(f"pid {self.pid} ended without {texts}:\n{log}")
             left = deadline - time.monotonic()
             if left <= 0 or not poll.poll(left * 1000):
                 raise DeployError(
                     f"no {texts} within {seconds:g} s from pid {self.pid}:\n{self.log}"
                 )
-            if not self._read() and not any(self.log.count(text) >= count for text in texts):
-                raise DeployError(f"pid {self.pid} ended without {texts}:\n{self.log}")
-        return time.monotonic()
 
     def wait(self, seconds: float = DEADLINE) -> int:
         """Its exit status, once it has ended; its output is read meanwhile."""

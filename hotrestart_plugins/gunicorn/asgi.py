@@ -291,18 +291,23 @@ class AsgiGate(LoopGate):
                 for one in long[done:due]:
                     self._end(one)
                 done = max(done, due)
-            self._last = self._account()
-            await asyncio.sleep(_LOOK)
+            try:
+                await asyncio.sleep(_LOOK)
+            finally:  # when gunicorn cancels it, too: just before it closes what is left
+                self._last = self._account()
 
     def _end(self, one: Any) -> None:
         # In tasks, since a client that does not read holds its own up, and nobody else's.
-        ending = self._end_stream(one) if isinstance(one, EventStream) else self._end_websocket(one)
+        if isinstance(one, EventStream):
+            ending = self._end_stream(one)
+        else:
+            self._ended.add(one)
+            ending = self._end_websocket(one)
         task = self._worker.loop.create_task(ending)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
     async def _end_websocket(self, connection: Any) -> None:
-        self._ended.add(connection)
         websocket = connection._websocket  # noqa: SLF001
         if websocket is not None and websocket.accepted and not websocket.closed:
             with contextlib.suppress(OSError, RuntimeError):  # its client has gone

@@ -115,26 +115,29 @@ class WorkerSide:
         """
         init_signals = self._worker.init_signals
 
-        def end(_number: int, _frame: FrameType | None) -> NoReturn:
-            sys.exit(0)
-
         def init_and_end() -> None:
             init_signals()
-            self._handlers = {number: signal.signal(number, end) for number in _STOPS}
+            self._handlers = {number: signal.signal(number, _end) for number in _STOPS}
 
         self._worker.init_signals = init_and_end
         for number in _STOPS:
-            signal.signal(number, end)
+            signal.signal(number, _end)
+
+    def _take_signals_back(self) -> None:
+        """The handlers are gunicorn's again, but for those that the app has set meanwhile."""
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) is not _end:
+                continue
+            signal.signal(number, handler)
+            if number == signal.SIGTERM:  # as gunicorn has it: no call of the app's is interrupted
+                signal.siginterrupt(number, False)
 
     def initialised(self) -> None:
         """The app is loaded; the loop, if there is one, does not run yet.
 
         Exits if the app fails the probe, where that can be asked without a loop.
         """
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-            if number == signal.SIGTERM:  # as gunicorn has it: no call of the app's is interrupted
-                signal.siginterrupt(number, False)
+        self._take_signals_back()
         kind = kind_of(type(self._worker))
         probe = Probe.of(self.settings, "localhost")
         if probe is not None and kind not in _WITH_A_LOOP:
@@ -227,6 +230,10 @@ class WorkerSide:
             self.inlet.unlink(missing_ok=True)
         if self._gate is not None and self._paused:
             self._channel.report(Report.ENDS, self._gate.tally())
+
+
+def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
 
 
 def _gate(kind: str, worker: Any, side: WorkerSide) -> Gate | None:

@@ -190,6 +190,29 @@ def test_the_new_master_is_stopped_while_it_boots(
     successor(place, old, args)
 
 
+OWN_HANDLER = """
+import signal
+def mine(number, frame):
+    raise SystemExit(0)
+signal.signal(signal.SIGINT, mine)
+def app(environ, start_response):
+    now = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    body = " ".join(one.__qualname__ for one in now).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+
+def test_a_handler_of_the_app_s_own_stays(place: Deploys, address: str, tmp_path: Path) -> None:
+    """As with gunicorn alone: the others are gunicorn's once the app is loaded."""
+    (tmp_path / "handles.py").write_text(OWN_HANDLER)
+    args = gunicorn("sync", address, "-w", "1", "--pythonpath", str(tmp_path))
+    args[args.index("wsgi:app")] = "handles:app"
+    instance = up(place, args)
+    assert ask(address).body == b"mine Worker.handle_exit"
+    assert instance.stop() == 0
+
+
 def test_winch_to_a_daemon(place: Deploys, address: str, tmp_path: Path) -> None:
     """It stops the workers; a master that has none is taken over from like any other."""
     with Daemons(place, gunicorn("gthread", address), tmp_path / "pid") as daemons:

@@ -156,9 +156,8 @@ class Succession:
             if not self.settings.no_handover:
                 successor = child.pid
         self._channel.order(paused=True, successor=successor)
-        if self._known:  # any other class would die of the signal
-            self._awaited = set(self._ready)
-            self._signal(self._ready)
+        self._awaited = set(self._ready)
+        self._signal(self._ready)
         self._wakeups.never("control")
         self._identity.stop_control()
         if not self._known:
@@ -174,11 +173,16 @@ class Succession:
         """Start no worker in the place of one that ends: the code on disk is the new one."""
         # The attribute, not the property: the user's nworkers_changed has no part in this.
         self._server._num_workers = len(self._server.WORKERS)  # noqa: SLF001
-        if self._known:  # those that were still starting when the others were signalled
-            self._signal(self._ready - self._signalled)
+        # Those that were still starting when the others were signalled.
+        self._signal(self._ready - self._signalled)
 
     def _signal(self, pids: set[int]) -> None:
-        """Have workers look at the channel's word; only those that are ready can bear it."""
+        """Have workers look at the channel's word; only those that are ready can bear it.
+
+        Of a class that is not known they never can, and would die of it.
+        """
+        if not self._known:
+            return
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR2)

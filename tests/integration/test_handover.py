@@ -23,7 +23,6 @@ from hotrestart_plugins.draining import DrainingServer
 from tests.integration.instances import QUICK, STOPPED
 from tests.integration.raw import Connection, ask, request
 
-SHORT = ("--timeout-keep-alive", "8")
 LONG = ("--timeout-keep-alive", "60")
 
 
@@ -188,15 +187,22 @@ def test_a_child_that_dies_with_connections_in_flight(
     assert old.owns(ask(address).pid)
 
 
+def one_worker(server: str, address: str, keep_alive: int) -> list[str]:
+    """The demo's command line; gunicorn without the control socket, whose place all share."""
+    if server.startswith("gunicorn"):
+        more = ["-w", "1", "--keep-alive", str(keep_alive), "--no-control-socket"]
+    else:
+        more = ["--timeout-keep-alive", str(keep_alive)]
+    return command(server, address, *more)
+
+
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
 def test_what_arrives_at_one_that_was_replaced_goes_on(
     place: Deploys, address: str, server: str
 ) -> None:
     """Busy with the first instance until the second is replaced: it comes to the second, and from
     there to the third. It would be served by the second until that ends, and be cut off."""
-    gunicorn = server.startswith("gunicorn")
-    more = ("-w", "1", "--keep-alive", "60", "--no-control-socket") if gunicorn else LONG
-    args = command(server, address, *more)
+    args = one_worker(server, address, keep_alive=60)
     window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
     first = start(place, args, *UP, **window)
     with Connection(address) as busy:
@@ -217,9 +223,7 @@ def test_what_arrives_at_one_that_was_replaced_goes_on(
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
 def test_one_that_moves_twice_keeps_its_timeout(place: Deploys, address: str, server: str) -> None:
     """Where it is asked nothing meanwhile, too: its client may have gone without a word."""
-    gunicorn = server.startswith("gunicorn")
-    more = ("-w", "1", "--keep-alive", "8", "--no-control-socket") if gunicorn else SHORT
-    args = command(server, address, *more)
+    args = one_worker(server, address, keep_alive=8)
     old = start(place, args, *UP)
     with Connection(address) as idle:
         assert not idle.get().closes

@@ -8,11 +8,9 @@ from typing import Any
 
 from uvicorn.server import ServerState
 
+from hotrestart_plugins.spreading import LastPart
 from hotrestart_plugins.streams import EventStream, EventStreams
 from hotrestart_plugins.tally import Tally
-
-SPREAD = 0.2  # the last part of a drain, over which long-lived connections are ended
-MOST_SPREAD = 10.0  # seconds; a longer one helps no client
 
 _NO_ERROR = 0  # RFC 9113 section 7
 _MOST_STREAM = 2**31 - 1  # a GOAWAY that only says 'no new ones, please', RFC 9113 section 6.8
@@ -57,38 +55,32 @@ class Endings:
         # Whether an answer was under way, or which one was the last.
         self._then = {one: (is_idle(one), getattr(one, "cycle", None)) for one in state.connections}
         self._tally = Tally()
-        self._long: list[Any] | None = None
-        self._told = 0
+        self._last_part = LastPart(self._long, self._end)
         self._tasks: set[asyncio.Task[None]] = set()
         self.ended: set[Any] = set()
         """The long-lived connections that were brought to their end."""
 
     def spread(self, left: float, whole: float) -> None:
         """With `left` of `whole` seconds to go, end as many of the long-lived as is due."""
-        spread = min(whole * SPREAD, MOST_SPREAD)
-        if left > spread:
-            return
-        if self._long is None:
-            self._long = [
-                one for one in self._state.connections if is_websocket(one) or self._streams_of(one)
-            ]
-        # The last quarter is the apps', to notice and to end.
-        part = min(1.0, (spread - left) / (spread * 0.75)) if spread else 1.0
-        due = max(1, round(len(self._long) * part))
-        for one in self._long[self._told : due]:
-            if one in self._state.connections:
-                self._end(one)
-        self._told = max(self._told, due)
+        self._last_part.step(left, whole)
+
+    def _long(self) -> list[Any]:
+        return [
+            one for one in self._state.connections if is_websocket(one) or self._streams_of(one)
+        ]
 
     def _streams_of(self, connection: Any) -> list[EventStream]:
         """Event streams under way; HTTP/2 can have several."""
         if hasattr(connection, "cycles"):
-            cycles = {id(one) for one in connection.cycles.values()}
+            cycles = list(connection.cycles.values())
         else:
-            cycles = {id(getattr(connection, "cycle", None))}
-        return [one for one in self._streams.under_way if id(one.sender) in cycles]
+            cycles = [getattr(connection, "cycle", None)]
+        found = (self._streams.of(one) for one in cycles)
+        return [one for one in found if one is not None]
 
     def _end(self, connection: Any) -> None:
+        if connection not in self._state.connections:
+            return
         if is_websocket(connection):
             self.ended.add(connection)
             self._tally.websockets += 1

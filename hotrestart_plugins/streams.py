@@ -22,12 +22,17 @@ class EventStreams:
     """Those under way in one process."""
 
     def __init__(self) -> None:
-        self._open: set[EventStream] = set()
+        self._open: dict[int, EventStream] = {}  # by the identity of what sends it, or its own
 
     @property
     def under_way(self) -> list[EventStream]:
         """Begun, and not complete."""
-        return [one for one in self._open if one.under_way]
+        return [one for one in self._open.values() if one.under_way]
+
+    def of(self, sender: object) -> EventStream | None:
+        """The one under way that the server sends with this object, if there is one."""
+        stream = self._open.get(id(sender))
+        return stream if stream is not None and stream.under_way else None
 
     def around(self, app: App) -> App:
         """The app whose event streams these are; of requests that accept one."""
@@ -36,11 +41,12 @@ class EventStreams:
             if scope["type"] != "http" or not _names(b"accept", scope["headers"]):
                 return await app(scope, receive, send)
             stream = EventStream(receive, send)
-            self._open.add(stream)
+            key = id(stream.sender or stream)
+            self._open[key] = stream
             try:
                 return await app(scope, receive, stream.send)
             finally:
-                self._open.discard(stream)
+                del self._open[key]
 
         return call
 

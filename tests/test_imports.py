@@ -15,7 +15,7 @@ PACKAGE = Path(hotrestart_plugins.__file__).parent
 NAME = "hotrestart_plugins"
 
 FLOORS = [
-    {"errors", "tally", "streams"},
+    {"errors", "tally", "streams", "spreading"},
     {"credentials"},
     {"wire", "transport", "address", "settings"},
     {"rendezvous", "connections"},

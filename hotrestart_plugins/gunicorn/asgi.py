@@ -22,6 +22,7 @@ from hotrestart_plugins.intake import Intake
 from hotrestart_plugins.letting_go import offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.spreading import LastPart
 from hotrestart_plugins.streams import EventStream, EventStreams
 from hotrestart_plugins.tally import Tally
 
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _SERVICE_RESTART = 1012  # close code, RFC 6455 section 7.4.2, IANA's registry
-_LAST_PART = 0.2  # of a drain, over which what lasts is ended
-_LAST_SECONDS = (2.0, 10.0)  # that it has at least, and at most
-_SPREAD = 0.75  # of the last part; the rest is the apps', to notice and to end
+_LEAST = 2.0  # seconds of the last part: gunicorn looks once a second whether it is to end
 _LOOK = 0.05  # seconds between two looks at what is still open
 
 
@@ -181,9 +180,6 @@ class AsgiGate(LoopGate):
     def _websockets(self) -> int:
         return sum(one._websocket is not None for one in self._connections)  # noqa: SLF001
 
-    def _closing_websockets(self) -> int:
-        return len(self._ended & self._connections)
-
     def tally(self) -> Tally:
         """The account; of a worker that leaves, from before it closed what was left."""
         return self._last or self._account()
@@ -196,7 +192,7 @@ class AsgiGate(LoopGate):
         tally = Tally.by_numbers(self._open, left, answers, moved)
         if not self._worker.alive:
             tally.cut_requests = busy - websockets
-            tally.cut_websockets = websockets - self._closing_websockets()
+            tally.cut_websockets = websockets - len(self._ended & self._connections)
             tally.websockets, tally.streams = len(self._ended), self._ended_streams
             tally.finished = max(0, tally.finished - tally.websockets - tally.streams)
             tally.cut_idle = left - busy
@@ -275,26 +271,17 @@ class AsgiGate(LoopGate):
 
     async def _end_long(self, deadline: float, patience: float) -> NoReturn:
         """End what lasts, one after another; go on until gunicorn cancels what is left."""
-        least, most = _LAST_SECONDS
-        last_part = min(max(patience * _LAST_PART, least), most)
-        begins = deadline - last_part
-        long: list[Any] | None = None
-        done = 0
+        last_part = LastPart(self._long, self._end)
         while True:
-            now = self._worker.loop.time()
-            if now >= begins:
-                if long is None:
-                    long = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
-                    long += self._streams.under_way
-                part = min(1.0, (now - begins) / (last_part * _SPREAD))
-                due = max(1, round(len(long) * part))
-                for one in long[done:due]:
-                    self._end(one)
-                done = max(done, due)
+            last_part.step(deadline - self._worker.loop.time(), patience, _LEAST)
             try:
                 await asyncio.sleep(_LOOK)
             finally:  # when gunicorn cancels it, too: just before it closes what is left
                 self._last = self._account()
+
+    def _long(self) -> list[Any]:
+        websockets = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
+        return [*websockets, *self._streams.under_way]
 
     def _end(self, one: Any) -> None:
         # In tasks, since a client that does not read holds its own up, and nobody else's.

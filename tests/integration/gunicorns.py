@@ -7,8 +7,6 @@ import os
 import re
 import select
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,13 +84,6 @@ def children_of(pid: int) -> set[int]:
 def parent_of(pid: int) -> int:
     """A worker's master."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Look until it is; for what nobody announces."""
-    limit = time.monotonic() + DEADLINE
-    while not true():
-        assert time.monotonic() < limit
 
 
 class Daemons:

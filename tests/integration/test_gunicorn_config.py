@@ -30,11 +30,11 @@ from tests.integration.gunicorns import (
     own_config,
     start,
     successor,
-    until,
     up,
     workers_of,
 )
 from tests.integration.raw import Connection, ask, request
+from tests.processes import eventually
 
 EVERY_HOOK = """
 import sys
@@ -325,7 +325,7 @@ def test_no_descriptor_is_left_open_by_takeovers_that_fail(place: Deploys, addre
         assert start(place, args, DEMO_FAIL="import", **QUICK).wait() == 3
         parent.wait_for("ended before it had taken over; serving on", count=number)
     # It may still be writing the record.
-    until(lambda: _descriptors(parent.pid, worker) == before)
+    eventually(lambda: _descriptors(parent.pid, worker) == before, "its descriptors as before")
 
 
 def _descriptors(*pids: int) -> list[str]:

@@ -28,11 +28,11 @@ from tests.integration.gunicorns import (
     own_config,
     start,
     successor,
-    until,
     up,
     workers_of,
 )
 from tests.integration.raw import Connection, ask
+from tests.processes import eventually
 
 pytestmark = pytest.mark.faults
 
@@ -158,7 +158,7 @@ def test_a_worker_that_leaves_does_not_accept_again(
             one.begin_upload()
         parent.signal(signal.SIGTTOU)
         _oldest, stays = booted(parent)
-        until(lambda: {ask(address).pid for _ in range(8)} == {stays})
+        eventually(lambda: {ask(address).pid for _ in range(8)} == {stays}, "one worker answers")
         child = start(place, args, **WINDOW)
         child.wait_for(TOOK_OVER)
         parent.wait_for(STOPPED)

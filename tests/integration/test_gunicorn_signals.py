@@ -24,11 +24,11 @@ from tests.integration.gunicorns import (
     parent_of,
     start,
     successor,
-    until,
     up,
     wait_for_end,
 )
 from tests.integration.raw import Connection, ask, request
+from tests.processes import eventually
 
 pytestmark = pytest.mark.once
 
@@ -58,6 +58,14 @@ class Gate:
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+
+
+def has_workers(instance: Instance, number: int) -> None:
+    eventually(lambda: len(children_of(instance.pid)) == number, f"{number} workers")
+
+
+def has_none_of(instance: Instance, workers: set[int]) -> None:
+    eventually(lambda: not children_of(instance.pid) & workers, "the earlier workers end")
 
 
 @pytest.fixture
@@ -93,7 +101,7 @@ def test_to_an_instance_that_boots(place: Deploys, address: str, gate: Gate) -> 
     new.wait_for(TOOK_OVER)
     assert old.wait() == 0, old.log
     assert new.owns(ask(address).pid)
-    until(lambda: len(children_of(new.pid)) == 2)
+    has_workers(new, 2)
     assert new.stop() == 0
 
 
@@ -108,9 +116,9 @@ def test_to_the_instance_that_is_taken_over_from(place: Deploys, address: str, g
         for name, workers in (("TTIN", 3), ("TTOU", 2), ("USR1", 2), ("WINCH", 2), ("HUP", 2)):
             before = children_of(old.pid)
             send(old, name)
-            until(lambda count=workers: len(children_of(old.pid)) == count)  # type: ignore[misc]
+            has_workers(old, workers)
             if name == "HUP":
-                until(lambda old_ones=before: not children_of(old.pid) & old_ones)  # type: ignore[misc]
+                has_none_of(old, before)
             load.wait(answers=10)
             assert old.owns(ask(address).pid)
         gate.open()
@@ -130,10 +138,11 @@ def test_to_the_instance_that_took_over(place: Deploys, address: str, tmp_path: 
         load.wait(answers=20)
         before = children_of(new.pid)
         send(new, "HUP")
-        until(lambda: not children_of(new.pid) & before and len(children_of(new.pid)) == 2)
+        has_none_of(new, before)
+        has_workers(new, 2)
         for name, workers in (("TTIN", 3), ("TTOU", 2), ("USR1", 2), ("WINCH", 2)):
             send(new, name)
-            until(lambda count=workers: len(children_of(new.pid)) == count)  # type: ignore[misc]
+            has_workers(new, workers)
             load.wait(answers=10)
         report = load.stop()
     assert not report.failures, report
@@ -163,7 +172,7 @@ def test_the_old_master_is_stopped_while_the_new_one_boots(
         waits.send(request())
         gate.open()
         assert new.owns(waits.answer().pid)
-    until(pid_file.exists)
+    eventually(pid_file.exists, "the pid file")
     assert int(pid_file.read_text()) == new.pid
     new.signal(signal.Signals[f"SIG{name}"])
     assert new.wait() == 0, new.log
@@ -218,7 +227,7 @@ def test_winch_to_a_daemon(place: Deploys, address: str, tmp_path: Path) -> None
     with Daemons(place, gunicorn("gthread", address), tmp_path / "pid") as daemons:
         old, old_pid = daemons.start(UP[1])
         os.kill(old_pid, signal.SIGWINCH)
-        until(lambda: not children_of(old_pid))
+        eventually(lambda: not children_of(old_pid), "its workers end")
         with Connection(address) as waits:
             waits.send(request())
             new, new_pid = daemons.start(TOOK_OVER)

@@ -34,12 +34,12 @@ from tests.integration.gunicorns import (
     parent_of,
     start,
     successor,
-    until,
     up,
     wait_for_end,
     workers_of,
 )
 from tests.integration.raw import Connection, ask, request
+from tests.processes import eventually
 
 pytestmark = pytest.mark.once
 
@@ -93,13 +93,13 @@ def test_the_pid_file_names_who_serves_at_every_instant(
         third = start(place, args, **WINDOW)
         third.wait_for(TOOK_OVER)
         second.wait_for(STOPPED)
-        until(lambda: names(third))
+        eventually(lambda: names(third), "the third named")
         third.signal(signal.SIGKILL)
         second.wait_for("Accepting again")
-        until(lambda: names(second))
+        eventually(lambda: names(second), "the second named")
         fourth = start(place, args, **QUICK)
         fourth.wait_for(TOOK_OVER)
-        until(lambda: names(fourth))
+        eventually(lambda: names(fourth), "the fourth named")
     assert seen == [f"{one.pid}\n" for one in (first, second, third, second, fourth)]
 
 
@@ -234,7 +234,10 @@ def test_usr1_reopens_the_logs_of_both(
     for one in (old, new):
         one.signal(signal.SIGUSR1)
     holders = [old.pid, new.pid, *workers_of(old), *workers_of(new)]
-    until(lambda: all(not holds(pid, f"{access}.1", f"{errors}.1") for pid in holders))
+    eventually(
+        lambda: not any(holds(pid, f"{access}.1", f"{errors}.1") for pid in holders),
+        "the logs opened anew",
+    )
     assert all(holds(pid, str(errors)) for pid in holders)
     before = Path(f"{access}.1").read_text(), Path(f"{errors}.1").read_text()
     assert ask(address).status == 200

@@ -8,6 +8,7 @@ import fcntl
 import importlib.util
 import os
 import select
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from hotrestart_plugins.rendezvous import Claim
@@ -47,30 +48,38 @@ class Logger(Protocol):
 
 
 class Child:
-    """The process that asks this one for its listeners. Owns a pidfd of it."""
+    """The process that asks this one for its listeners. Owns a pidfd of it, if there is one."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, succeeded: Callable[[], bool]) -> None:
+        """`pid`: 0 for a process of another pid namespace, of which there is no pidfd.
+
+        `succeeded`: for such a one, see `MeetingPlace.succeeded`.
+        """
         self.pid = pid
         self.given: set[str] = set()
         """The addresses whose listeners it was given."""
         self._pidfd = -1
         self._gone = False
         self._poll = _poll()
+        self._succeeded = succeeded
         try:
             self._pidfd = os.pidfd_open(pid)
             self._poll.register(self._pidfd, select.POLLIN)
-        except OSError as error:  # ESRCH; or a pid of 0, from another pid namespace
+        except OSError as error:  # ESRCH; or a pid of 0
             self._gone = error.errno == errno.ESRCH
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when the process ends; -1 if there is none."""
+        """A descriptor that becomes readable when the process ends.
+
+        -1 if there is none: then look at `alive` now and then.
+        """
         return self._pidfd
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs; True where that cannot be known."""
-        if self._pidfd >= 0 and not self._gone:
-            self._gone = bool(self._poll.poll(0))
+        """Whether the process still runs; without a pidfd, whether anybody has come after."""
+        if not self._gone:
+            self._gone = bool(self._poll.poll(0)) if self._pidfd >= 0 else not self._succeeded()
         return not self._gone
 
     def close(self) -> None:

@@ -165,7 +165,7 @@ class HotRestart:
         """Connect to the parent; wait for one that stands by to take its name back."""
         while not inquiry.connect():
             pid = place.standing_by()
-            if not pid:
+            if pid is None:
                 return False
             if time.monotonic() >= deadline:
                 raise NoAnswer(f"pid {pid} stands by to serve again, but has not in time")
@@ -461,7 +461,7 @@ class HotRestart:
         if self.role is not Role.PARENT:
             raise WrongPeer(f"a request for {name} after this instance was replaced")
         if self.child is None or self.child.pid != pid:
-            child = Child(pid)
+            child = Child(pid, _open(self._place).succeeded)
             if not child.alive:
                 # The answer would reach whoever asks from that name now.
                 child.close()
@@ -471,6 +471,11 @@ class HotRestart:
             with contextlib.suppress(OSError):
                 _open(self._place).stand_by()
             self._log.info("pid %s asks for this instance's listeners", pid)
+            if not pid:
+                self._log.warning(
+                    "pid 0 is in another pid namespace: its end is noticed late, and connections "
+                    "are not handed over; let both share one"
+                )
         elif not self.child.alive:
             raise WrongPeer(f"its request for {name} comes from a process that has ended")
         held = self._held.get(name)
@@ -495,6 +500,8 @@ class HotRestart:
         self.role = Role.REPLACED
         self._passed_on = frozenset(self.child.given)
         self._log.info("pid %s has taken over", pid)
+        for name in sorted(self._held.keys() - self._passed_on):
+            self._log.warning("pid %s does not listen on %s: it ends with this instance", pid, name)
 
     def forget_child(self) -> None:
         """Stop watching the child."""

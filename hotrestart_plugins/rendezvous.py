@@ -4,11 +4,12 @@
 
     volo_hot_restart_parent.sock   whoever serves answers here; claimed by rename, never unbound
     volo_hot_restart_child.sock    whoever takes over asks from here, one at a time
-    lock                           byte 0: who takes over; byte 1+pid: who stands by (rollback)
+    lock                           byte 0: who takes over; each later byte: one who stands by
     new.PID                        a parent socket on its way to its name
 
 Locks are POSIX record locks: the kernel frees them when their process dies, a forked worker never
-holds one, and F_GETLK tells whose they are.
+holds one, and F_GETLK tells whose they are. To stand by is to be ready to take the name back, for a
+rollback; who does so later has a later byte.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from hotrestart_plugins.address import MAX_UNIX_PATH, Address
 from hotrestart_plugins.errors import Busy, MeetingPlaceError
@@ -37,6 +39,15 @@ _KEPT = ".old"
 _FLOCK = struct.Struct("@hhqqi")  # struct flock, fcntl(2): type, whence, start, len, pid
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _LOCK_PAUSE = 0.02  # seconds between two tries: POSIX locks have no wait with a deadline
+
+
+class _Lock(NamedTuple):
+    """A lock of another process."""
+
+    pid: int
+    """0 if the process cannot be seen from this pid namespace."""
+    end: int
+    """The byte behind it."""
 
 
 class _LockFile:
@@ -122,7 +133,8 @@ class MeetingPlace:
                 "pass another --hot-restart-dir"
             ) from error
         self._lock_fd = self._lock_file.fd
-        self._has_turn = self._stands_by = False
+        self._has_turn = False
+        self._standby_byte = 0  # 0: this instance does not stand by
 
     # -- locks ---------------------------------------------------------------------------------
 
@@ -141,7 +153,7 @@ class MeetingPlace:
             time.sleep(_LOCK_PAUSE)
 
     def _try_lock(self) -> int | None:
-        """None if the lock is ours now, else the pid that holds it."""
+        """None if the lock is ours now, else the pid that holds it, or 0; see `standing_by`."""
         if self._lock_file is None or self._lock_file.taken:
             return os.getpid()
         try:
@@ -149,7 +161,8 @@ class MeetingPlace:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            return self._holder(0, 1)
+            found = self._locked(0, 1)
+            return found.pid if found is not None else 0
         self._lock_file.taken = self._has_turn = True
         return None
 
@@ -161,23 +174,37 @@ class MeetingPlace:
 
     def stand_by(self) -> None:
         """Tell who finds the parent socket dead that this process will take it back."""
-        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + os.getpid())
-        self._stands_by = True
+        if self._standby_byte:
+            return
+        byte = 1
+        while (found := self._locked(byte)) is not None:
+            byte = found.end
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        self._standby_byte = byte
 
     def stand_down(self) -> None:
         """No longer: whoever finds the parent socket dead is on its own."""
-        if self._stands_by:
-            self._stands_by = False
-            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, 1 + os.getpid())
+        if self._standby_byte:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, self._standby_byte)
+            self._standby_byte = 0
 
-    def standing_by(self) -> int:
-        """The pid of another process that will take back a dead parent socket, or 0."""
-        return self._holder(1, 0) or 0
+    def standing_by(self) -> int | None:
+        """The pid of another process that will take back a dead parent socket, or None.
 
-    def _holder(self, start: int, length: int) -> int:
+        0 for one of another pid namespace.
+        """
+        found = self._locked(1)
+        return found.pid if found is not None else None
+
+    def succeeded(self) -> bool:
+        """Whether somebody answers, or one stands by who was replaced after this instance."""
+        return self.parent_answers() or self._locked(self._standby_byte + 1) is not None
+
+    def _locked(self, start: int, length: int = 0) -> _Lock | None:
+        """The first lock of another process from there on, in `length` bytes; 0: to the end."""
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-        kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(self._lock_fd, fcntl.F_GETLK, asked))
-        return 0 if kind == fcntl.F_UNLCK else int(pid)
+        kind, _, at, size, pid = _FLOCK.unpack(fcntl.fcntl(self._lock_fd, fcntl.F_GETLK, asked))
+        return None if kind == fcntl.F_UNLCK else _Lock(pid, at + size)
 
     # -- names ---------------------------------------------------------------------------------
 

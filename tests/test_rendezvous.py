@@ -319,7 +319,7 @@ def test_the_lock(place: MeetingPlace, processes: Processes) -> None:
 
 def test_standing_by(place: MeetingPlace, processes: Processes) -> None:
     """Who stands by is known by its pid, also while another takes over, until it dies."""
-    assert place.standing_by() == 0
+    assert place.standing_by() is None
     other = processes.python(HOLD, str(place.directory), "stand_by")
     other.line()
     place.lock(0)
@@ -327,7 +327,7 @@ def test_standing_by(place: MeetingPlace, processes: Processes) -> None:
     assert place.standing_by() == other.pid
     place.stand_down()
     other.kill(signal.SIGKILL)
-    assert place.standing_by() == 0
+    assert place.standing_by() is None
     place.unlock()
 
 

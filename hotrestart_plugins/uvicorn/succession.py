@@ -16,6 +16,8 @@ from hotrestart_plugins.tally import Tally
 
 logger = logging.getLogger("uvicorn.error")
 
+_LOOK = 0.25  # seconds between two looks at a child of which there is no pidfd
+
 
 class Serving(Protocol):
     """Who serves: one process, or a supervisor with its workers."""
@@ -49,6 +51,7 @@ class Succession:
         self._serving = serving
         self._loop = asyncio.get_running_loop()
         self._watched: list[int] = []
+        self._looking: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
         self._after = After.NOTHING
         self._leaving: asyncio.Task[None] | None = None
@@ -64,11 +67,23 @@ class Succession:
         if child is not None and child.fileno() >= 0:
             self._loop.add_reader(child.fileno(), self._child_ended)
             self._watched.append(child.fileno())
+        elif child is not None:
+            self._looking = self._loop.call_later(_LOOK, self._look)
+
+    def _look(self) -> None:
+        child = self._hot.child
+        if child is not None and child.alive:
+            self._looking = self._loop.call_later(_LOOK, self._look)
+        else:
+            self._child_ended()
 
     def _unwatch(self) -> None:
         for fd in self._watched:
             self._loop.remove_reader(fd)
         self._watched.clear()
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     def stop(self) -> None:
         """Wait for nothing any more; call it on the loop, before the `HotRestart` is closed."""

@@ -566,11 +566,13 @@ def test_the_path_is_never_gone(processes: Processes, meet: Path) -> None:
 
 
 def test_a_path_that_is_no_longer_asked_for(processes: Processes, meet: Path) -> None:
-    """The old instance unlinks the path of a listener that the new one does not have."""
+    """The old instance names it, and unlinks the path."""
     kept, dropped = str(meet / "kept.sock"), str(meet / "dropped.sock")
     parent = processes.instance().serve(meet, [kept, dropped])
     child = processes.instance().serve(meet, [kept])
     replaced(parent)
+    assert parent.log.count("does not listen on") == 1
+    assert f"does not listen on {dropped}" in parent.log
     assert not os.path.lexists(dropped)
     serves(child, [kept])
 

@@ -1,0 +1,66 @@
+"""Instances in pid namespaces of their own, as containers have that share the meeting directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from demo_app.deploys import TOOK_OVER, UP, Deploys, command
+from tests.integration.instances import QUICK, STOPPED
+from tests.integration.raw import Connection, ask, request
+
+pytestmark = pytest.mark.root
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
+WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+
+
+def contained(server: str, address: str) -> list[str]:
+    """The demo's command line; gunicorn without the control socket, whose place all share."""
+    more = ["--no-control-socket"] if server.startswith("gunicorn") else []
+    return [*CONTAINER, *command(server, address, *more)]
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn gthread"])
+def test_a_successor_that_is_not_seen(place: Deploys, address: str, server: str) -> None:
+    """It has no pid here. That it died is noticed at the parent socket; the next one takes over."""
+    args = contained(server, address)
+    old = place.start(args, **WINDOW)
+    old.wait_for(*UP)
+    new = place.start(args)
+    new.wait_for(TOOK_OVER)
+    old.wait_for(STOPPED)
+    assert "another pid namespace" in old.log
+    os.killpg(new.pid, signal.SIGSTOP)
+    with Connection(address) as waits:  # in the queue of a listener that nobody accepts from
+        waits.send(request())
+        os.killpg(new.pid, signal.SIGKILL)
+        assert waits.answer().status == 200
+    old.wait_for("Accepting again")
+    last = place.start(args, **QUICK)
+    last.wait_for(TOOK_OVER)
+    assert ask(address).status == 200
+    assert old.running
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread"])
+def test_of_two_that_stand_by_the_later_one_serves(
+    place: Deploys, address: str, server: str
+) -> None:
+    """Each has the pid 1, and sees the other's lock alone."""
+    args = contained(server, address)
+    first = place.start(args, DEMO_VERSION="1", **WINDOW)
+    first.wait_for(*UP)
+    second = place.start(args, DEMO_VERSION="2", **WINDOW)
+    second.wait_for(TOOK_OVER)
+    third = place.start(args, DEMO_VERSION="3", **WINDOW)
+    third.wait_for(TOOK_OVER)
+    second.wait_for(STOPPED)
+    os.killpg(third.pid, signal.SIGKILL)
+    second.wait_for("Accepting again")
+    assert {json.loads(ask(address).body)["version"] for _ in range(8)} == {"2"}
+    last = place.start(args, **QUICK)
+    last.wait_for(TOOK_OVER)
+    assert "Accepting again" not in first.log

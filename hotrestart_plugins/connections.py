@@ -190,6 +190,12 @@ def cut(channel: socket.socket) -> list[int]:
     numbers: list[int] = []
     with channel, contextlib.suppress(OSError):
         channel.shutdown(socket.SHUT_RDWR)
-        while (number := acknowledged(channel)) is not None:
+        while True:
+            try:
+                number = acknowledged(channel)
+            except ConnectionResetError:
+                continue  # told once, before what is in the queue: it closed with batches unread
+            if number is None:
+                break
             numbers.append(number)
     return numbers

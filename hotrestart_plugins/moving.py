@@ -28,6 +28,8 @@ _PATIENCE = 5.0  # seconds to wait for one
 _LATER = {errno.EAGAIN, errno.ETOOMANYREFS}
 """No room in the channel; more of this user's descriptors under way than RLIMIT_NOFILE says."""
 _PAUSE = 0.01  # seconds until the next attempt then
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_WAIT = 1.0  # seconds until a channel is accepted again, when there was no room for one
 
 Batch = list[tuple[Any, Kind]]
 """Connections that are not read any more, and what each waits for."""
@@ -344,7 +346,8 @@ class Receiver:
         self._log = logger
         self._listener = connections.listen(path)
         self._channels: list[socket.socket] = []
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._waiting: Timer | None = None  # until it listens again
+        self._listen()
 
     @classmethod
     def open(
@@ -360,10 +363,18 @@ class Receiver:
             logger.info("No connections are taken in at %s: %s", path, error)
             return None
 
+    def _listen(self) -> None:
+        self._waiting = None
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
     def _accept(self) -> None:
         try:
             channel, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in _NO_ROOM:  # it stays readable meanwhile
+                self._log.warning("Connections cannot be taken in: %s", error)
+                self._loop.remove_reader(self._listener.fileno())
+                self._waiting = self._loop.call_later(_WAIT, self._listen)
             return
         try:
             connections.check(channel)
@@ -405,6 +416,9 @@ class Receiver:
         """Take in nothing more; remove the path."""
         for channel in list(self._channels):
             self._drop(channel)
-        self._loop.remove_reader(self._listener.fileno())
+        if self._waiting is None:
+            self._loop.remove_reader(self._listener.fileno())
+        else:
+            self._waiting.cancel()
         self._listener.close()
         self._path.unlink(missing_ok=True)

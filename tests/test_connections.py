@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +16,10 @@ import pytest
 from hotrestart_plugins import connections
 from hotrestart_plugins.connections import MOST, Kind
 from hotrestart_plugins.errors import MessageError
+from hotrestart_plugins.moving import Receiver
+from tests.processes import DEADLINE
 
+LOG = logging.getLogger(__name__)
 pytestmark = pytest.mark.usefixtures("no_leak")
 Channel = tuple[socket.socket, socket.socket]
 
@@ -60,6 +67,16 @@ def test_what_was_acknowledged_before_the_end_counts(channel: Channel) -> None:
         connections.acknowledge(theirs, 3)
 
 
+def test_so_it_does_where_the_other_side_closed_with_batches_unread(channel: Channel) -> None:
+    """The kernel tells of that first, as an error."""
+    ours, theirs = channel
+    with socket.socket() as sock:
+        connections.send(ours, 1, [(sock.fileno(), Kind.IDLE)])
+        connections.acknowledge(theirs, 1)
+        theirs.close()
+    assert connections.cut(ours) == [1]
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -102,3 +119,35 @@ def test_what_the_killed_have_left_goes(meet: Path) -> None:
         channel, _ = listening.accept()  # it was asked whether it lives
         with channel:
             assert connections.acknowledged(channel) is None
+
+
+def test_no_room_for_a_channel(meet: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is taken up when there is: the listener, which stays readable, is left alone meanwhile."""
+    asyncio.run(_no_room(meet / "connections.1.1", caplog))
+
+
+async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    came: list[connections.Arrival] = []
+    loop = asyncio.get_running_loop()
+    receiver = Receiver(path, came.extend, loop=loop, logger=LOG)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.closing(receiver), connections.connect(path) as ours, socket.socket() as sock:
+        connections.send(ours, 1, [(sock.fileno(), Kind.IDLE)])
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+        try:
+            for _ in range(20):
+                await asyncio.sleep(0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert [one.getMessage() for one in caplog.records] == [
+            "Connections cannot be taken in: [Errno 24] Too many open files"
+        ]
+        acknowledged = asyncio.Event()
+        loop.add_reader(ours.fileno(), acknowledged.set)
+        await asyncio.wait_for(acknowledged.wait(), DEADLINE)
+        loop.remove_reader(ours.fileno())
+        assert connections.acknowledged(ours) == 1
+    for one in came:
+        one.sock.close()

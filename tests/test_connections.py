@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hotrestart_plugins import connections
-from hotrestart_plugins.connections import MOST, Kind
+from hotrestart_plugins.connections import MOST, Kind, Successor
 from hotrestart_plugins.errors import MessageError
 from hotrestart_plugins.moving import Receiver
 from tests.processes import DEADLINE
@@ -22,6 +22,7 @@ from tests.processes import DEADLINE
 LOG = logging.getLogger(__name__)
 pytestmark = pytest.mark.usefixtures("no_leak")
 Channel = tuple[socket.socket, socket.socket]
+STRANGER = 65534
 
 
 @pytest.fixture
@@ -151,3 +152,18 @@ async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert connections.acknowledged(ours) == 1
     for one in came:
         one.sock.close()
+
+
+@pytest.mark.root
+def test_who_may_not_look_finds_nobody(meet: Path) -> None:
+    """A process that has become another user, in a directory below one that is closed to it, as
+    the default ones are."""
+    successor = Successor(meet / "address", 9)
+    successor.directory.mkdir(0o700)
+    with connections.listen(connections.path_of(successor, 8)):
+        assert len(connections.receivers(successor)) == 1
+        os.seteuid(STRANGER)
+        try:
+            assert connections.receivers(successor) == []
+        finally:
+            os.seteuid(0)

@@ -92,7 +92,9 @@ class WorkerSide:
         self._worker = worker
         self._channel = channel
         self._directory = directory
-        self._takes_in = takes_in and not settings.no_handover
+        # Another user than the master's may not look into the meeting directory.
+        self._moves = worker.cfg.uid == os.geteuid() and not settings.no_handover
+        self._takes_in = takes_in
         self._gate: Gate | None = None
         self._paused = False
         self._looking = False
@@ -212,7 +214,7 @@ class WorkerSide:
     @property
     def inlet(self) -> Path | None:
         """Where this worker is to take in the connections of the old instance's; None: nowhere."""
-        if not self._takes_in:
+        if not (self._takes_in and self._moves):
             return None
         return path_of(Successor(self._directory, self._worker.ppid), os.getpid())
 
@@ -220,7 +222,7 @@ class WorkerSide:
     def successor(self) -> Successor | None:
         """Whose workers take in this one's connections; None: nobody's."""
         pid = self._channel.successor
-        return Successor(self._directory, pid) if pid else None
+        return Successor(self._directory, pid) if pid and self._moves else None
 
     def exiting(self) -> None:
         """This worker ends."""

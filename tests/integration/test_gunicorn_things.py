@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import sysconfig
@@ -299,56 +297,7 @@ def test_statsd_hears_of_both(place: Deploys, address: str) -> None:
         counts("old")
 
 
-# -- rights and places -----------------------------------------------------------------------------
-
-
-# The Python that runs this may lie where nobody else can look: all is loaded before.
-PRELOADED = """
-preload_app = True
-import hotrestart_plugins.gunicorn.asgi
-import hotrestart_plugins.gunicorn.blocking
-import hotrestart_plugins.gunicorn.gevent
-import hotrestart_plugins.gunicorn.gthread
-import hotrestart_plugins.gunicorn.uvicorn_worker
-import uvicorn.loops.auto
-import uvicorn.loops.uvloop
-import uvicorn.protocols.http.auto
-import uvicorn.protocols.websockets.auto
-import uvicorn.lifespan.on
-"""
-
-
-@pytest.mark.root
-@EACH_WORKER
-def test_workers_of_another_user(place: Deploys, tmp_path: Path, worker: str) -> None:
-    """A master of root with workers of nobody: they pause, resume and leave; the Unix socket is
-    theirs from one instance to the next, and the meeting directory stays closed to them."""
-    user = pwd.getpwnam("nobody")
-    path, config = tmp_path / "app.sock", tmp_path / "some.conf.py"
-    config.write_text(PRELOADED + INSTALL)
-    address = f"unix:{path}"
-    who = ("--user", "nobody", "--group", str(user.pw_gid))
-    args = own_config(worker, address, config, "-w", "1", *who)
-    old = up(place, args, **WINDOW)
-    with LoadProcess(address, Mix(one_shot=4, keep_alive=4)) as load:
-        load.wait(answers=20)
-        new = start(place, args, **WINDOW)
-        new.wait_for(TOOK_OVER)
-        old.wait_for(STOPPED)
-        load.wait(answers=20)
-        for one in (old, new):
-            (pid,) = workers_of(one)
-            assert os.stat(f"/proc/{pid}").st_uid == user.pw_uid
-        report = load.stop()
-    assert not report.failures, report
-    owner = path.stat()
-    assert (owner.st_uid, owner.st_gid) == (user.pw_uid, user.pw_gid)
-    meet = (place.directory / "meet").stat()
-    assert (meet.st_uid, stat.S_IMODE(meet.st_mode)) == (0, 0o700)
-    new.signal(signal.SIGKILL)
-    old.wait_for("Accepting again")
-    assert old.stop() == 0
-    assert not path.exists()
+# -- places ----------------------------------------------------------------------------------------
 
 
 def test_chdir_is_resolved_anew_by_each_instance(place: Deploys, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class AsgiGate(LoopGate):
         self._paused = False
         self._leaving: asyncio.Task[None] | None = None
         worker.loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        self._shut_down, worker._shutdown = worker._shutdown, self._shutdown  # noqa: SLF001
         probe = Probe.of(side.settings, "localhost")
         if probe is not None:
             self._probe_first(probe)
@@ -243,7 +244,18 @@ class AsgiGate(LoopGate):
 
         return Connection
 
-    # -- SIGTERM -------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------
+
+    async def _shutdown(self) -> None:
+        """As gunicorn's, to which a worker comes that is used up or has lost its master, too."""
+        self._close_receiver()
+        await self._shut_down()
+
+    def _close_receiver(self) -> None:
+        """What came now would be cut off: it is better off with the old instance."""
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
 
     def _terminate(self) -> None:
         if self._leaving is None:
@@ -259,6 +271,7 @@ class AsgiGate(LoopGate):
         worker = self._worker
         began = worker.loop.time()
         patience = self._side.seconds_left
+        self._close_receiver()
         await self._let_go()
         # gunicorn keeps a number of connections, and nothing that could be awaited.
         half = began + patience / 2

@@ -24,6 +24,7 @@ from tests.integration.gunicorns import (
     start,
     successor,
     up,
+    workers_of,
 )
 from tests.integration.raw import Connection, ask
 
@@ -279,3 +280,48 @@ def test_no_client_reconnects(place: Deploys, address: str, worker: str) -> None
     assert not report.failures, report
     assert (report.reconnects, report.closed_idle) == (0, 0), report
     assert record_of(place, current)["parent"]["tally"]["moved"] > 0
+
+
+ENDS_SLOWLY = """
+import asyncio
+import os
+from app import app as demo
+
+async def app(scope, receive, send):
+    if scope["type"] != "lifespan":
+        return await demo(scope, receive, send)
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    if "ENDS_NEVER" in os.environ:
+        print("in the lifespan's shutdown", flush=True)
+        await asyncio.Event().wait()
+    await send({"type": "lifespan.shutdown.complete"})
+"""
+
+
+@pytest.mark.parametrize("why", ["SIGTERM", "max_requests"])
+def test_who_ends_takes_nothing_in(place: Deploys, address: str, tmp_path: Path, why: str) -> None:
+    """What the old instance still has is answered there, and does not come to a worker of the new
+    one that serves no more."""
+    (tmp_path / "slow_end.py").write_text(ENDS_SLOWLY)
+    more = ["-w", "1", "--keep-alive", "60", "--pythonpath", str(tmp_path)]
+    args = gunicorn("asgi", address, *more)
+    args[args.index("app:app")] = "slow_end:app"
+    old = up(place, args)
+    with Connection(address) as busy:
+        busy.begin_upload()
+        limit = ["--max-requests", "1"] if why == "max_requests" else []
+        new = start(place, [*args, *limit], **QUICK, ENDS_NEVER="1")
+        new.wait_for(TOOK_OVER)
+        old.wait_for(STOPPED)
+        if why == "SIGTERM":
+            new.signal(signal.SIGTERM)
+        else:
+            ask(address)
+        new.wait_for("in the lifespan's shutdown")
+        busy.send(b"hello")
+        answer = busy.answer()
+        while not answer.closes:
+            answer = busy.get()
+        assert {answer.pid} == workers_of(old)

@@ -35,7 +35,11 @@ _LOOK = 0.05  # seconds between two looks at what is still open
 
 
 class AsgiGate(LoopGate):
-    """Closes the worker's servers and makes them anew on duplicates of their listeners."""
+    """Closes the worker's servers and makes them anew on duplicates of their listeners.
+
+    Owns the duplicates, which are made ahead: a worker that has no descriptors left when it is told
+    to pause could make none.
+    """
 
     def __init__(self, worker: Any, side: WorkerSide) -> None:
         """After the worker has set its signals, before its loop runs."""
@@ -55,6 +59,7 @@ class AsgiGate(LoopGate):
         self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
+        self._duplicates: list[socket.socket] = []
         self._paused = False
         self._leaving: asyncio.Task[None] | None = None
         worker.loop.add_signal_handler(signal.SIGTERM, self._terminate)
@@ -106,6 +111,7 @@ class AsgiGate(LoopGate):
         """`create_server` has cut the backlog that all instances share to its own default."""
         for one in self._worker.sockets:
             one.sock.listen(self._worker.cfg.backlog)
+        self._duplicate()
         if self._side.inlet is not None and self._movable:
             loop = self._worker.loop
             intake = Intake(
@@ -116,6 +122,11 @@ class AsgiGate(LoopGate):
             self._receiver = Receiver.open(
                 self._side.inlet, intake.take_in, loop=loop, logger=self._worker.log
             )
+
+    def _duplicate(self) -> None:
+        self._duplicates = [
+            socket.socket(fileno=one.sock.dup().detach()) for one in self._worker.sockets
+        ]
 
     def _arrived(self, connection: Any, kind: Kind) -> None:
         if kind is Kind.IDLE:
@@ -133,15 +144,17 @@ class AsgiGate(LoopGate):
     async def _let_go(self) -> None:
         if self._paused:
             return
+        if not self._duplicates:
+            self._duplicate()
         self._paused = True
         successor = self._side.successor if self._movable else None
         self._closing.begin(close=successor is None)
         worker = self._worker
-        kept = [socket.socket(fileno=one.sock.dup().detach()) for one in worker.sockets]
         await stop_accepting(worker.servers, [one.sock.fileno() for one in worker.sockets])
         worker.servers.clear()
-        for one, duplicate in zip(worker.sockets, kept, strict=True):
-            one.sock = duplicate
+        for one, duplicate in zip(worker.sockets, self._duplicates, strict=True):
+            one.sock = duplicate  # gunicorn closes it
+        self._duplicates = []
         self._open, self._busy, self._moved = len(self._connections), self._busy_now(), 0
         drain.set()
         if successor is not None:
@@ -174,6 +187,8 @@ class AsgiGate(LoopGate):
         self._closing.end(detach=False)
         drain.clear()
         self._paused = False
+        with contextlib.suppress(OSError):  # then it tries again when it is told to pause
+            self._duplicate()
 
     def _busy_now(self) -> int:
         return sum(not one._awaiting_request for one in self._connections)  # noqa: SLF001
@@ -249,6 +264,8 @@ class AsgiGate(LoopGate):
     async def _shutdown(self) -> None:
         """As gunicorn's, to which a worker comes that is used up or has lost its master, too."""
         self._close_receiver()
+        for one in self._duplicates:
+            one.close()
         await self._shut_down()
 
     def _close_receiver(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -280,6 +283,25 @@ def test_no_client_reconnects(place: Deploys, address: str, worker: str) -> None
     assert not report.failures, report
     assert (report.reconnects, report.closed_idle) == (0, 0), report
     assert record_of(place, current)["parent"]["tally"]["moved"] > 0
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_worker_without_a_descriptor_left_hands_over(
+    place: Deploys, address: str, loop: str
+) -> None:
+    """Neither to stop accepting nor to move what is open does it need one that it has not."""
+    args = gunicorn("asgi", address, "-w", "1", "--keep-alive", "60", "--asgi-loop", loop)
+    old = up(place, args)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Connection(address)) for _ in range(8)]
+        (pid,) = {connection.get().pid for connection in opened}
+        held = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+        lowest = next(number for number in itertools.count() if number not in held)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest, lowest))
+        new = successor(place, old, args)
+        for connection in opened:
+            answer = connection.get()
+            assert (new.owns(answer.pid), answer.closes) == (True, False)
 
 
 ENDS_SLOWLY = """

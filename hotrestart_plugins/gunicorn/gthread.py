@@ -12,7 +12,6 @@ import os
 import select
 import selectors
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -255,8 +254,17 @@ class Loop:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._due: deque[Timer] = deque()
+        self._wait = worker.wait_for_and_dispatch_events
+        worker.wait_for_and_dispatch_events = self._wait_until_due
         self._look = worker.murder_keepalived  # comes right after the calls
         worker.murder_keepalived = self._between
+
+    def _wait_until_due(self, timeout: float) -> None:
+        # Of a copy: a signal handler may add one meanwhile, which then wakes the loop.
+        when = min((one.when for one in tuple(self._due) if one.callback is not None), default=None)
+        if when is not None:
+            timeout = min(timeout, max(0.0, when - time.monotonic()))
+        self._wait(timeout)
 
     def _between(self, *args: Any, **kwargs: Any) -> None:
         for _ in range(len(self._due)):
@@ -284,20 +292,14 @@ class Loop:
     def call_soon(self, callback: Callable[..., object], *args: Any) -> Timer:
         """As asyncio's."""
         timer = self._soon(functools.partial(callback, *args))
-        self._wake()
+        self._worker.method_queue.defer(_nothing)
         return timer
 
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> Timer:
-        """As asyncio's."""
+        """As asyncio's; from the loop, which looks at it before it waits."""
         timer = Timer(time.monotonic() + delay, functools.partial(callback, *args))
         self._due.append(timer)
-        alarm = threading.Timer(delay, self._wake)
-        alarm.daemon = True
-        alarm.start()
         return timer
-
-    def _wake(self) -> None:
-        self._worker.method_queue.defer(_nothing)
 
 
 class Timer:

@@ -304,6 +304,27 @@ def test_a_worker_without_a_descriptor_left_hands_over(
             assert (new.owns(answer.pid), answer.closes) == (True, False)
 
 
+def test_handing_over_takes_no_threads(place: Deploys, address: str) -> None:
+    """Of gthread, connection by connection: not one that sleeps for each."""
+    args = gunicorn("gthread", address, "-w", "1", "--threads", "16", "--keep-alive", "60")
+    old = up(place, args, **WINDOW)
+    (pid,) = workers_of(old)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Connection(address)) for _ in range(16)]
+        for connection in opened:
+            connection.begin_upload()
+        threads = Path(f"/proc/{pid}/task")
+        before = len(list(threads.iterdir()))
+        new = start(place, args, **WINDOW)
+        new.wait_for(TOOK_OVER)
+        old.wait_for(STOPPED)
+        for connection in opened:
+            connection.send(b"hello")
+            assert connection.answer().pid == pid
+            assert new.owns(connection.get().pid)
+        assert len(list(threads.iterdir())) <= before
+
+
 ENDS_SLOWLY = """
 import asyncio
 import os

@@ -147,9 +147,10 @@ class ThreadGate:
 
     def _finished(self, connection: Any, future: Any) -> None:
         self._finish(connection, future)
-        kept = self._worker.keepalived_conns
-        if self._mover is not None and kept and kept[-1] is connection:
-            self._loop.call_soon(self._mover.answered, connection)
+        # It waits for its next request, or still for its first: a thread had waited for that.
+        for queue in (self._worker.keepalived_conns, self._worker.pending_conns):
+            if self._mover is not None and queue and queue[-1] is connection:
+                self._loop.call_soon(self._mover.answered, connection)
 
     def resume(self) -> None:
         """The same the other way round."""

@@ -304,6 +304,17 @@ def test_a_worker_without_a_descriptor_left_hands_over(
             assert (new.owns(answer.pid), answer.closes) == (True, False)
 
 
+def test_what_waits_in_a_thread_moves(place: Deploys, address: str) -> None:
+    """Accepted and unread: for five seconds a thread of gthread's waits for the request."""
+    args = gunicorn("gthread", address, "-w", "1", "--keep-alive", "60")
+    old = up(place, args)
+    with Connection(address) as unread:
+        ask(address)  # came behind it
+        new = successor(place, old, args)
+        assert record_of(place, new)["parent"]["tally"]["moved"] == 1
+        assert new.owns(unread.get().pid)
+
+
 def test_handing_over_takes_no_threads(place: Deploys, address: str) -> None:
     """Of gthread, connection by connection: not one that sleeps for each."""
     args = gunicorn("gthread", address, "-w", "1", "--threads", "16", "--keep-alive", "60")

@@ -12,6 +12,7 @@ import os
 import select
 import selectors
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
 
 _LOOK = 0.1  # seconds between two looks at what is still open
+_EVERY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}  # noqa: S104  # not to bind to
 _NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
 
 
@@ -43,6 +45,7 @@ class ThreadGate:
         self._limit = worker.worker_connections
         self._closing = Closing(worker)
         self._loop = Loop(worker)
+        self._parked = Parked(worker)
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
         self._open = 0
@@ -84,7 +87,7 @@ class ThreadGate:
             )
 
     def _take_in(self, arrivals: Sequence[Arrival]) -> None:
-        for connection in Parked(self._worker).take_in(arrivals):
+        for connection in self._parked.take_in(arrivals):
             if self._mover is not None:  # this instance was replaced meanwhile, too
                 self._mover.add(connection)
 
@@ -130,17 +133,16 @@ class ThreadGate:
         """In the loop: not in the midst of whatever the signal has interrupted."""
         drain.set()
         if successor is not None:
-            ways = Parked(self._worker)
             self._mover = Mover(
                 successor,
-                ways,
+                self._parked,
                 loop=self._loop,
                 failed=self._closing.announce,
                 logger=self._worker.log,
             )
             self._worker.finish_request = self._finished
             if self._mover.active:
-                self._mover.watch_all(ways.all())
+                self._mover.watch_all(self._parked.all())
             else:
                 self._closing.announce()
         self._side.done(Report.PAUSED)
@@ -188,6 +190,7 @@ class Parked:
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
+        self._listeners = [one.getsockname() for one in worker.sockets]
 
     def all(self) -> Collection[Any]:
         """Those that wait now."""
@@ -240,13 +243,21 @@ class Parked:
         """Connections of the old instance are this worker's."""
         for sock, kind in arrivals:
             try:
-                connection = TConn(self._worker.cfg, sock, sock.getpeername(), sock.getsockname())
+                connection = TConn(self._worker.cfg, sock, sock.getpeername(), self._server(sock))
             except OSError:  # its client has gone
                 sock.close()
                 continue
             self._worker.nr_conns += 1
             self.release(connection, kind)
             yield connection
+
+    def _server(self, sock: socket.socket) -> Any:
+        """What gunicorn has for the connection's own address: that of its listener."""
+        own = sock.getsockname()
+        if sock.family == socket.AF_UNIX or own in self._listeners:
+            return own
+        every = (_EVERY[sock.family], *own[1:])
+        return every if every in self._listeners else own
 
 
 class Loop:

@@ -304,6 +304,28 @@ def test_a_worker_without_a_descriptor_left_hands_over(
             assert (new.owns(answer.pid), answer.closes) == (True, False)
 
 
+SAYS_ITS_NAME = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "7")])
+    return [environ["SERVER_NAME"].encode()]
+"""
+
+
+def test_the_server_keeps_its_name(place: Deploys, tmp_path: Path) -> None:
+    """To an app in gthread that is the listener's address, on connections that moved, too."""
+    (tmp_path / "named.py").write_text(SAYS_ITS_NAME)
+    port = free_port()
+    more = ["-w", "1", "--keep-alive", "60", "--pythonpath", str(tmp_path)]
+    args = gunicorn("gthread", f"0.0.0.0:{port}", *more)
+    args[args.index("wsgi:app")] = "named:app"
+    old = up(place, args)
+    with Connection(f"127.0.0.1:{port}") as connection:
+        assert connection.get().body == b"0.0.0.0"
+        new = successor(place, old, args)
+        assert record_of(place, new)["parent"]["tally"]["moved"] == 1
+        assert connection.get().body == b"0.0.0.0"
+
+
 def test_what_waits_in_a_thread_moves(place: Deploys, address: str) -> None:
     """Accepted and unread: for five seconds a thread of gthread's waits for the request."""
     args = gunicorn("gthread", address, "-w", "1", "--keep-alive", "60")

@@ -191,7 +191,7 @@ class AsgiGate(LoopGate):
             self._duplicate()
 
     def _busy_now(self) -> int:
-        return sum(not one._awaiting_request for one in self._connections)  # noqa: SLF001
+        return sum(not one.waits for one in self._connections)
 
     def _websockets(self) -> int:
         return sum(one._websocket is not None for one in self._connections)  # noqa: SLF001
@@ -220,6 +220,9 @@ class AsgiGate(LoopGate):
 
         class Connection(ASGIProtocol):  # type: ignore[misc]
             """A connection that is known while it is open, and moved while it waits."""
+
+            _h2c_buffer: bytes | None
+            """What was read while it may still become HTTP/2; then None."""
 
             def __init__(self, worker: Any) -> None:
                 super().__init__(worker)
@@ -252,8 +255,23 @@ class AsgiGate(LoopGate):
                     # It does not wait yet: it is about to.
                     gate._worker.loop.call_soon(gate._mover.answered, self)
 
+            def _h2c_undecided_timeout(self) -> None:
+                super()._h2c_undecided_timeout()
+                if gate._mover is not None:  # from now on it may be moved
+                    gate._worker.loop.call_soon(gate._mover.add, self)
+
+            @property
+            def waits(self) -> bool:
+                """Whether it has no part of a request; it may be HTTP/2 that begins, too."""
+                return bool(self._awaiting_request or self._h2c_buffer == b"")
+
             def begin_keep_alive(self) -> None:
                 """Its last answer was given elsewhere; the next request may have come."""
+                buffered = self._h2c_buffer
+                if buffered is not None:  # it is not HTTP/2 that begins
+                    self._h2c_cancel_timer()
+                    self._h2c_buffer = None
+                    self._start_http1(buffered)
                 if not self._request_ready.is_set():
                     super()._arm_keepalive_timer()
 

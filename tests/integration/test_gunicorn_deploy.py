@@ -304,6 +304,21 @@ def test_a_worker_without_a_descriptor_left_hands_over(
             assert (new.owns(answer.pid), answer.closes) == (True, False)
 
 
+def test_connections_that_might_speak_http2_move(place: Deploys, address: str) -> None:
+    """In cleartext, beside HTTP/1: one that has spoken that keeps its time; one that has not said a
+    word yet, and is not moved while gunicorn waits for the preface, is moved then."""
+    cleartext = ["--http-protocols", "h2,h1", "--http2-cleartext", "both"]
+    args = gunicorn("asgi", address, "-w", "1", "--keep-alive", "4", *cleartext)
+    old = up(place, args)
+    with Connection(address) as idle, Connection(address) as unread:
+        assert not idle.get().closes
+        new = successor(place, old, args)
+        tally = record_of(place, new)["parent"]["tally"]
+        assert (tally["moved"], tally["cut_requests"]) == (2, 0)
+        assert new.owns(unread.get().pid)
+        assert idle.at_end()
+
+
 SAYS_ITS_NAME = """
 def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "7")])

@@ -261,7 +261,7 @@ class Instance:
             "Start failed: the app was not loaded within %g s (hotrestart_ready_timeout)",
             self.settings.ready_timeout,
         )
-        os._exit(EX_TEMPFAIL)
+        os._exit(NotReady.status)
 
     # -- the arbiter's queue -------------------------------------------------------------------
 
@@ -364,7 +364,7 @@ class Instance:
                 f"{missing} of {server.num_workers} workers were not ready within "
                 f"{self.settings.ready_timeout:g} s (hotrestart_ready_timeout)"
             )
-            raise HaltServer(str(error), EX_TEMPFAIL)
+            raise HaltServer(str(error), error.status)
 
     def _hand_over(self) -> None:
         """Every worker serves: from now on this is the instance."""

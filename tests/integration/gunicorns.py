@@ -25,7 +25,7 @@ EACH_WORKER = pytest.mark.parametrize("worker", WORKERS)
 STRICT = {"PYTHONWARNINGS": "error::DeprecationWarning,ignore:websockets:DeprecationWarning"}
 QUICK = {**STRICT, **instances.QUICK}
 WINDOW = {**STRICT, "HOTRESTART_ROLLBACK_WINDOW": "60"}
-EX_TEMPFAIL, EX_CONFIG = 75, 78
+EX_CONFIG = 78
 INSTALL = "from hotrestart_plugins.gunicorn import install\ninstall(globals())\n"
 
 

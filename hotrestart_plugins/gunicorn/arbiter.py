@@ -177,6 +177,20 @@ class Instance:
             self.settings = self._succession.settings = settings()
         except ConfigurationError as error:
             self.log.error("%s; what was set before stays", error)  # noqa: TRY400  # the same
+        self._say_where_it_stays()
+
+    def _say_where_it_stays(self) -> None:
+        """Who is started next looks where its settings, or its first address, say."""
+        if self._listeners is None:
+            return
+        named = self.settings.directory or default_directory(self._listeners.addresses[0])
+        if named != self._directory:
+            self.log.warning(
+                "The next instance would look for this one in %s, but this one stays in %s: "
+                "set hotrestart_dir to that, or nobody can take over from it",
+                named,
+                self._directory,
+            )
 
     # -- taking over ---------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 
 from demo_app.deploys import TOOK_OVER, Deploys, Instance, free_port
 from demo_app.load import LoadProcess, Mix
+from hotrestart_plugins.address import parse
+from hotrestart_plugins.rendezvous import default_directory
 from tests.integration.gunicorns import (
     EACH_WORKER,
+    EX_CONFIG,
     INSTALL,
     QUICK,
     STOPPED,
@@ -247,6 +251,29 @@ def test_hup_with_other_addresses(place: Deploys, tmp_path: Path) -> None:
         report = load.stop()
     assert not report.failures, report
     assert child.owns(ask(comes).pid)
+
+
+def test_hup_with_another_first_address(place: Deploys, tmp_path: Path) -> None:
+    """It names the place where the next instance looks, and this one stays in its own: it says what
+    to set, and with that it is replaced as ever."""
+    before, after = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    stays, elsewhere = (default_directory(parse(one)[0]) for one in (before, after))
+    config = tmp_path / "some.conf.py"
+    args = ["env", "-u", "HOTRESTART_DIR", *own_config("gthread", before, config)]
+    del args[args.index("-b") : args.index("-b") + 2]
+    with contextlib.ExitStack() as stack:
+        for one in (stays, elsewhere):
+            stack.callback(shutil.rmtree, one, ignore_errors=True)
+        config.write_text(f"bind = {before!r}\n{INSTALL}")
+        parent = up(place, args)
+        config.write_text(f"bind = {after!r}\n{INSTALL}")
+        parent.signal(signal.SIGHUP)
+        parent.wait_for(
+            f"in {elsewhere}, but this one stays in {stays}: set hotrestart_dir to that"
+        )
+        assert start(place, args, **QUICK).wait() == EX_CONFIG
+        config.write_text(f"bind = {after!r}\nhotrestart_dir = {str(stays)!r}\n{INSTALL}")
+        successor(place, parent, args)
 
 
 def test_hup_with_an_address_that_cannot_be_bound(place: Deploys, tmp_path: Path) -> None:

@@ -127,6 +127,10 @@ class Server(DrainingServer):
         if hot is not None:
             self._succession = Succession(hot, self._takeover.directory, self.settings, self)
 
+    async def all_paused(self) -> bool:
+        """At once: behind `pause` nobody accepts."""
+        return True
+
     def leave(self) -> None:
         """End, with status 0."""
         self.should_exit = True

@@ -26,7 +26,10 @@ class Serving(Protocol):
     """What the last drain did."""
 
     async def pause(self, successor: Successor | None = None) -> None:
-        """Accept nothing from now on; connections may go to the `successor`."""
+        """Accept nothing from now on; connections may go to the `successor`. Waits for nobody."""
+
+    async def all_paused(self) -> bool:
+        """Wait until nobody accepts any more; False if the drain's time is over first."""
 
     async def resume(self) -> None:
         """Accept again."""
@@ -115,7 +118,13 @@ class Succession:
     def _tally(self) -> dict[str, int]:
         return asdict(self._serving.tally)
 
-    def _drained(self, drain: asyncio.Future[bool], record: Record) -> None:
+    async def _drain(self, deadline: float, record: Record, given: list[str]) -> None:
+        if await self._serving.all_paused():
+            logger.info("Stopped accepting; draining")
+            record.note("stopped accepting", given=given)
+        await self._serving.drain(max(0.0, deadline - self._loop.time()))
+
+    def _drained(self, drain: asyncio.Future[None], record: Record) -> None:
         error = drain.exception()
         if error is not None:  # it leaves all the same, and cuts off what is open
             logger.error("The drain has failed", exc_info=error)
@@ -123,17 +132,18 @@ class Succession:
 
     async def _leave(self) -> None:
         """Drain, stand by through the rollback window, and go; or serve again."""
-        window = self._loop.time() + self._settings.rollback_window
+        now = self._loop.time()
+        window = now + self._settings.rollback_window
         record = self._record()
         child = self._hot.child
-        given = sorted(child.given) if child is not None else []
         successor = None
         if child is not None and not self._settings.no_handover:
             successor = Successor(self._directory, child.pid)
+        given = sorted(child.given) if child is not None else []
         await self._serving.pause(successor)
-        logger.info("Stopped accepting; draining")
-        record.note("stopped accepting", given=given)
-        drain = asyncio.ensure_future(self._serving.drain(self._settings.drain_timeout))
+        drain = asyncio.ensure_future(
+            self._drain(now + self._settings.drain_timeout, record, given)
+        )
         ended = asyncio.ensure_future(self._ended.wait())
         try:
             await asyncio.wait({drain, ended}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,8 +1,9 @@
 """`--workers N`: uvicorn's supervisor and its worker processes, with a link between them.
 
-The link is a pair of SOCK_SEQPACKET sockets for each worker. Down it go ``pause``, with the
-successor behind it, and ``resume``; up it come ``ready``, ``paused``, and ``drained`` with a tally
-behind it; what is behind a word is JSON. Its end tells either side that the other is gone.
+The link is a pair of SOCK_SEQPACKET sockets for each worker. Down it go ``pause``, with the end of
+the drain and the successor behind it, and ``resume``; up it come ``ready``, ``paused``, and
+``drained`` with a tally behind it; what is behind a word is JSON. Its end tells either side that
+the other is gone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +37,7 @@ from hotrestart_plugins.uvicorn.takeover import Takeover
 
 READY, PAUSE, PAUSED, RESUME, DRAINED = b"ready", b"pause", b"paused", b"resume", b"drained"
 _MESSAGE = 4096  # bytes; no message is longer
+_WIND_UP = 3  # seconds that a worker may take beyond the drain: to notice, and to clean up
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -55,6 +58,7 @@ class WorkerServer(DrainingServer):
         self.probe = Probe.of(settings, f"{config.host}:{config.port}")
         self._link = link
         self._following: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; then tell the supervisor, and listen to it."""
@@ -71,38 +75,41 @@ class WorkerServer(DrainingServer):
             self._link.send(word)
 
     def _told(self) -> None:
+        """Obey the last word: the others are out of date if this loop was held up meanwhile."""
+        message = None
         try:
-            word = self._link.recv(_MESSAGE)
+            while message != b"":
+                message = self._link.recv(_MESSAGE)
         except BlockingIOError:
-            return
+            pass
         except OSError:
-            word = b""
-        before = self._following
+            message = b""
         loop = asyncio.get_running_loop()
-        word, _, rest = word.partition(b" ")
-        if word == PAUSE:
-            directory, pid = json.loads(rest) if rest else (None, 0)
-            successor = Successor(Path(directory), pid) if directory else None
-            self._following = loop.create_task(self._pause_and_drain(successor, before))
-            return
-        if before is not None:
-            before.cancel()  # a drain
-        if word == RESUME:
-            self._following = loop.create_task(self.resume())
-        else:
+        if message:
+            self._following = loop.create_task(self._follow(message, self._following))
+        elif message is not None:
             # The supervisor is gone. An orphan would go on serving old code beside the new one.
             loop.remove_reader(self._link.fileno())
             logger.warning("The supervisor has ended; worker [%d] drains and leaves", os.getpid())
             self.should_exit = True
 
-    async def _pause_and_drain(
-        self, successor: Successor | None, before: asyncio.Task[None] | None
-    ) -> None:
-        if before is not None:  # it may still be about to accept again
+    async def _follow(self, message: bytes, before: asyncio.Task[None] | None) -> None:
+        """Pause or resume, behind what was under way; only a drain is cut short."""
+        if before is not None:
             await asyncio.wait({before})
-        await self.pause(successor)
+        if self._draining is not None:
+            self._draining.cancel()
+        word, _, rest = message.partition(b" ")
+        if word == RESUME:
+            await self.resume()
+            return
+        deadline, directory, pid = json.loads(rest)
+        await self.pause(Successor(Path(directory), pid) if directory else None)
         self._say(PAUSED)
-        await self.drain(self.drain_timeout)
+        self._draining = asyncio.get_running_loop().create_task(self._drain_until(deadline))
+
+    async def _drain_until(self, deadline: float) -> None:
+        await self.drain(max(0.0, deadline - time.monotonic()))
         self._say(DRAINED + b" " + json.dumps(asdict(self.tally)).encode())
 
 
@@ -301,8 +308,15 @@ class Conductor:
         self._said[process].add(word)
         self._heard.set()
 
-    async def _all_say(self, word: bytes) -> None:
-        """Wait until every worker that is there has said it."""
+    async def _all_say(self, word: bytes, seconds: float) -> bool:
+        """Wait until every worker that is there has said it, `seconds` at most."""
+        try:
+            await asyncio.wait_for(self._heard_from_all(word), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def _heard_from_all(self, word: bytes) -> None:
         while not all(word in said for said in self._said.values()):
             self._heard.clear()
             await self._heard.wait()
@@ -351,13 +365,15 @@ class Conductor:
         """Every worker stops accepting, and hands its connections to those of the successor."""
         self.replaced = True
         self.tally = Tally()
-        word = PAUSE
-        if successor is not None:
-            word += b" " + json.dumps([str(successor.directory), successor.pid]).encode()
+        deadline = time.monotonic() + self._settings.drain_timeout  # one clock for all processes
+        where = (str(successor.directory), successor.pid) if successor is not None else (None, 0)
         for process, said in self._said.items():
             said -= {PAUSED, DRAINED}
-            process.say(word)
-        await self._all_say(PAUSED)
+            process.say(PAUSE + b" " + json.dumps([deadline, *where]).encode())
+
+    async def all_paused(self) -> bool:
+        """Wait until every worker has stopped accepting; the drain's time at most."""
+        return await self._all_say(PAUSED, self._settings.drain_timeout)
 
     async def resume(self) -> None:
         """Every worker that is left accepts again."""
@@ -366,12 +382,18 @@ class Conductor:
         self.replaced = False
 
     async def drain(self, seconds: float) -> bool:
-        """Wait until every worker has drained, or has ended; they keep the time themselves."""
-        try:
-            await asyncio.wait_for(self._all_say(DRAINED), seconds + 1)
-        except asyncio.TimeoutError:
-            return False
-        return True
+        """Wait until every worker has drained, or has ended; they keep the time themselves.
+
+        One that does not, since something holds its loop up, is killed.
+        """
+        if await self._all_say(DRAINED, seconds + _WIND_UP):
+            return True
+        for process, said in self._said.items():
+            if DRAINED not in said:
+                logger.warning("Worker [%s] has not drained in time: killing it", process.pid)
+                process.process.kill()
+                self.tally.cut_requests += 1  # one at least: that which held it up
+        return False
 
     def leave(self) -> None:
         """End, with status 0."""

@@ -203,6 +203,60 @@ def test_the_parent_serves_again_if_its_successor_dies_in_the_window(
     assert new.owns(ask(address).pid)
 
 
+HELD_UP = """
+import os, time
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    if scope["path"] == "/hold":
+        print("held up", flush=True)
+        time.sleep(3600)
+    by = (b"x-served-by", str(os.getpid()).encode())
+    await send({"type": "http.response.start", "status": 200, "headers": [by]})
+    await send({"type": "http.response.body", "body": b""})
+"""
+
+
+def held_up(address: str, tmp_path: Path) -> list[str]:
+    """The command of four workers whose app can hold up the loop of one."""
+    (tmp_path / "held_up.py").write_text(HELD_UP)
+    args = command("uvicorn4", address, "--app-dir", str(tmp_path), "--lifespan", "off")
+    args[args.index("app:app")] = "held_up:app"
+    return args
+
+
+def test_a_rollback_does_not_wait_for_a_worker_that_is_held_up(
+    place: Deploys, address: str, tmp_path: Path
+) -> None:
+    """The others accept again at once; what it was told meanwhile, it need not hear."""
+    args = held_up(address, tmp_path)
+    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+    old = up(place, args, **window)
+    with Connection(address) as holding:
+        holding.send(request("/hold"))
+        old.wait_for("held up")
+        new = place.start(args, **window)
+        new.wait_for(TOOK_OVER)
+        os.killpg(new.pid, signal.SIGKILL)
+        old.wait_for("Accepting again")
+        assert old.owns(ask(address).pid)
+
+
+def test_a_worker_that_is_held_up_ends_at_the_drain_timeout(
+    place: Deploys, address: str, tmp_path: Path
+) -> None:
+    """It is killed, and counts as one request cut off; the others have drained."""
+    args = held_up(address, tmp_path)
+    old = up(place, args, HOTRESTART_DRAIN_TIMEOUT="0.5")
+    with Connection(address) as holding:
+        holding.send(request("/hold"))
+        old.wait_for("held up")
+        successor(place, old, args)
+        assert old.log.count("has not drained in time: killing it") == 1
+        assert "1 cut off; leaving" in old.log
+        with pytest.raises(ConnectionError):
+            holding.answer()
+
+
 def test_a_successor_that_is_stopped_on_purpose_is_not_rolled_back(
     place: Deploys, address: str
 ) -> None:

@@ -100,7 +100,7 @@ class Succession:
         self._watch()
         if self._hot.role is Role.REPLACED and self._leaving is None:
             self._ended.clear()
-            self._leaving = self._loop.create_task(self._leave())
+            self._leaving = self._loop.create_task(self._replaced())
 
     def _child_ended(self) -> None:
         self._unwatch()
@@ -129,6 +129,15 @@ class Succession:
         if error is not None:  # it leaves all the same, and cuts off what is open
             logger.error("The drain has failed", exc_info=error)
         record.note("drained", tally=self._tally())
+
+    async def _replaced(self) -> None:
+        try:
+            await self._leave()
+        except Exception:
+            # It must not go on accepting beside the new one, nor end what it has accepted.
+            logger.exception("Cannot make way as it should: this instance drains and leaves")
+            self._hot.stand_down()
+            self._serving.leave()
 
     async def _leave(self) -> None:
         """Drain, stand by through the rollback window, and go; or serve again."""

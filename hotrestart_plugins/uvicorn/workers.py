@@ -100,11 +100,16 @@ class WorkerServer(DrainingServer):
         if self._draining is not None:
             self._draining.cancel()
         word, _, rest = message.partition(b" ")
-        if word == RESUME:
-            await self.resume()
+        try:
+            if word == RESUME:
+                await self.resume()
+                return
+            deadline, directory, pid = json.loads(rest)
+            await self.pause(Successor(Path(directory), pid) if directory else None)
+        except Exception:
+            logger.exception("Cannot %s: worker [%d] drains and leaves", word.decode(), os.getpid())
+            self.should_exit = True
             return
-        deadline, directory, pid = json.loads(rest)
-        await self.pause(Successor(Path(directory), pid) if directory else None)
         self._say(PAUSED)
         self._draining = asyncio.get_running_loop().create_task(self._drain_until(deadline))
 

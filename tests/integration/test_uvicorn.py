@@ -257,6 +257,41 @@ def test_a_worker_that_is_held_up_ends_at_the_drain_timeout(
             holding.answer()
 
 
+NO_WAY = """
+import asyncio, os
+from hotrestart_plugins.app import drain
+drain.call_when_begun(lambda: 1 / 0)
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    if scope["path"] == "/slow":
+        while not drain.is_set():
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+    by = (b"x-served-by", str(os.getpid()).encode())
+    length = (b"content-length", b"0")
+    await send({"type": "http.response.start", "status": 200, "headers": [by, length]})
+    await send({"type": "http.response.body", "body": b""})
+"""
+
+
+@ONE_OR_MORE
+def test_an_instance_that_fails_to_make_way_leaves(
+    place: Deploys, address: str, tmp_path: Path, server: str
+) -> None:
+    """It says why, and finishes what it had accepted; it does not serve on beside the new one."""
+    (tmp_path / "no_way.py").write_text(NO_WAY)
+    args = command(server, address, "--app-dir", str(tmp_path), "--lifespan", "off", NO_HANDOVER)
+    args[args.index("app:app")] = "no_way:app"
+    old = up(place, args)
+    with Connection(address) as busy:
+        busy.send(request("/slow"))
+        assert ask(address).status == 200
+        successor(place, old, args)
+        assert busy.answer().status == 200
+    assert "ZeroDivisionError" in old.log
+    assert "was never retrieved" not in old.log
+
+
 def test_a_successor_that_is_stopped_on_purpose_is_not_rolled_back(
     place: Deploys, address: str
 ) -> None:

@@ -216,8 +216,26 @@ class Supervisor(Multiprocess):
 
     def keep_subprocess_alive(self) -> None:
         """As uvicorn's, while this instance serves: a replaced one would start the new code."""
-        if not self._conductor.replaced:
-            super().keep_subprocess_alive()
+        if self._conductor.replaced:
+            return
+        if self._conductor.rolled_back:
+            self._keep_count()
+            self._conductor.rolled_back = False
+        super().keep_subprocess_alive()
+
+    def _keep_count(self) -> None:
+        """As many workers as are left: one started now would run the code that has just failed."""
+        left = [one for one in self.processes if one.exitcode is None]
+        if not 0 < len(left) < len(self.processes):
+            return
+        logger.warning(
+            "%d of %d workers are left; more would run the code that is on disk now. "
+            "When it is good again, deploy it, or send SIGTTIN for each",
+            len(left),
+            len(self.processes),
+        )
+        self.processes = left
+        self.processes_num = len(left)
 
     def handle_signals(self) -> None:
         """As uvicorn's; a replaced instance starts no workers."""
@@ -238,6 +256,8 @@ class Conductor:
 
     def __init__(self, supervisor: Supervisor, takeover: Takeover, settings: Settings) -> None:
         self.replaced = False
+        self.rolled_back = False
+        """From a rollback until the supervisor, on its own thread, has taken note of it."""
         self.tally = Tally()
         self._supervisor = supervisor
         self._takeover = takeover
@@ -288,6 +308,10 @@ class Conductor:
             self._remove(process)
 
     def _add(self, process: WorkerProcess) -> None:
+        if self.replaced or self.rolled_back:
+            # The supervisor was about to start it when this instance was replaced. It has not come
+            # to its listeners yet, and its code is that on disk: the new one.
+            process.process.kill()
         self._said[process] = set()
         self._loop.add_reader(process.link.fileno(), self._hear, process)
 
@@ -384,6 +408,7 @@ class Conductor:
         """Every worker that is left accepts again."""
         for process in self._said:
             process.say(RESUME)
+        self.rolled_back = True
         self.replaced = False
 
     async def drain(self, seconds: float) -> bool:

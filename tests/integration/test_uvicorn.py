@@ -257,6 +257,42 @@ def test_a_worker_that_is_held_up_ends_at_the_drain_timeout(
             holding.answer()
 
 
+def test_no_worker_is_started_once_replaced(place: Deploys, address: str) -> None:
+    """Not even where uvicorn was waiting for a worker that hangs: it would run the new code, and
+    accept beside the new instance."""
+    args = command("uvicorn4", address, "--timeout-worker-healthcheck", "10")
+    old = up(place, args, HOTRESTART_ROLLBACK_WINDOW="15")
+    hangs = ask(address).pid
+    new = place.start(args, **QUICK)
+    old.wait_for("asks for this instance's listeners")
+    os.kill(hangs, signal.SIGSTOP)
+    new.wait_for(TOOK_OVER)
+    assert old.wait() == 0
+    log = old.log.partition("has taken over")[2]
+    assert f"Child process [{hangs}] died" in log
+    assert "Started server process" not in log
+
+
+def test_after_a_rollback_there_are_as_many_workers_as_are_left(
+    place: Deploys, address: str
+) -> None:
+    """One started in the place of one that has ended would run the code that has just failed."""
+    args = command("uvicorn4", address)
+    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+    old = up(place, args, **window)
+    ended = ask(address).pid
+    new = place.start(args, **window)
+    new.wait_for(TOOK_OVER)
+    old.wait_for(STOPPED)
+    os.kill(ended, signal.SIGKILL)
+    os.killpg(new.pid, signal.SIGKILL)
+    old.wait_for("3 of 4 workers are left")
+    old.signal(signal.SIGTTIN)
+    old.wait_for("Started server process", count=5)
+    assert old.owns(ask(address).pid)
+    assert old.log.count("Started server process") == 5
+
+
 NO_WAY = """
 import asyncio, os
 from hotrestart_plugins.app import drain

@@ -60,6 +60,23 @@ class WorkerServer(DrainingServer):
         self._following: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's. What a worker cannot serve for is one line, and the exit status."""
+        try:
+            await super().serve(sockets)
+        except NotReady as error:
+            why = str(error)
+        except OSError as error:
+            config = self.config
+            if not config.is_ssl or hasattr(config, "ssl"):
+                raise
+            files = f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
+            why = f"TLS cannot be set up with {files}: {error}"
+        else:
+            return
+        logger.error("Worker [%d] failed to start: %s", os.getpid(), why)
+        sys.exit(NotReady.status)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; then tell the supervisor, and listen to it."""
         await super().startup(sockets)

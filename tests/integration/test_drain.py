@@ -237,6 +237,7 @@ def test_a_probe_is_asked_before_the_takeover(
     if said:
         assert new.wait() == 3, new.log
         assert said in new.log
+        assert "Traceback" not in new.log
         assert old.owns(ask(address).pid)
         assert "GET / " not in new.log
     else:

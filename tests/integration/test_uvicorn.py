@@ -445,16 +445,18 @@ def test_a_given_descriptor(place: Deploys, way: str) -> None:
             assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_tls(place: Deploys, address: str, tmp_path: Path) -> None:
+@ONE_OR_MORE
+def test_tls(place: Deploys, address: str, tmp_path: Path, server: str) -> None:
     """TLS works as in uvicorn, across a takeover; a missing certificate harms nobody."""
     key, chain, ca = certificates.issue(tmp_path)
-    args = command("uvicorn", address, "--ssl-keyfile", str(key), "--ssl-certfile", str(chain))
+    args = command(server, address, "--ssl-keyfile", str(key), "--ssl-certfile", str(chain))
     old = up(place, args)
     assert f"https://{address}" in old.log
     with LoadProcess(address, Mix(one_shot=4, keep_alive=4), ca_file=ca) as load:
         load.wait(answers=20)
         missing = place.start([*args[:-1], str(tmp_path / "none.pem")], **QUICK)
         assert missing.wait() == 3
+        assert "Traceback" not in missing.log
         new = successor(place, old, args)
         load.wait(answers=20)
         report = load.stop()

@@ -226,6 +226,11 @@ class Supervisor(Multiprocess):
         self._takeover.close(crashed=self._status != 0)
         super().terminate_all()
 
+    def join_all(self) -> None:
+        """As uvicorn's; the links end behind it, or each worker would take this for a crash."""
+        super().join_all()
+        self._conductor.hang_up()
+
     def init_processes(self) -> None:
         """As uvicorn's; and somebody listens to them."""
         self._conductor.start()
@@ -309,6 +314,11 @@ class Conductor:
         self._loop.close()
         return self._status
 
+    def hang_up(self) -> None:
+        """Close the links, behind `stop`."""
+        for process in self._said:
+            process.link.close()
+
     # -- on the loop ---------------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -321,8 +331,8 @@ class Conductor:
             self._fail(NotReady(f"worker {failed} ended before it was ready, see above"))
         if self._succession is not None:
             self._succession.stop()
-        for process in list(self._said):
-            self._remove(process)
+        for process in self._said:
+            self._loop.remove_reader(process.link.fileno())
 
     def _add(self, process: WorkerProcess) -> None:
         if self.replaced or self.rolled_back:

@@ -53,6 +53,7 @@ def test_no_request_fails_in_takeovers_in_a_row(place: Deploys, address: str, se
             current.wait_for(TOOK_OVER)
             stopped.append((old, olds, old.wait_for(STOPPED)))
             assert old.wait() == 0, old.log
+            assert "The supervisor has ended" not in old.log
             load.wait(answers=100)
         report = load.stop()
     assert not report.failures, report
@@ -537,6 +538,7 @@ def test_a_stop_without_a_successor_is_uvicorns(
     ours = up(place, command(server, address))
     ours.signal(number)
     assert ours.wait() == expected, ours.log
+    assert "The supervisor has ended" not in ours.log
     assert expected in (status, 0)
     assert [one.name for one in (place.directory / "meet").iterdir()] == ["lock"]
 
@@ -564,6 +566,7 @@ def test_workers_of_a_killed_supervisor_leave(place: Deploys, address: str) -> N
         poll.register(pidfd, select.POLLIN)
         assert poll.poll(30_000)
         os.close(pidfd)
+    assert "The supervisor has ended" in first.log
     second = up(place, args)
     assert second.owns(ask(address).pid)
 

@@ -13,7 +13,8 @@ async def stop_accepting(servers: Iterable[asyncio.AbstractServer], fds: Iterabl
     """Close the servers, and with them the listeners' descriptors; lose nothing that they accepted.
 
     `Server.close()` loses a connection whose accept is done and whose transport is not yet made
-    (cpython#109564): asyncio stops accepting first, and what is under way finishes.
+    (cpython#109564): asyncio stops accepting first, and what is under way finishes. uvloop has the
+    transport by then, and tells the protocol in the next turn: behind this, each one is known.
     """
     loop = asyncio.get_running_loop()
     if isinstance(loop, asyncio.SelectorEventLoop):
@@ -23,6 +24,7 @@ async def stop_accepting(servers: Iterable[asyncio.AbstractServer], fds: Iterabl
         await asyncio.sleep(0)
     for server in servers:
         server.close()
+    await asyncio.sleep(0)
 
 
 async def offer_all(mover: Mover, connections: Collection[Any]) -> bool:

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -279,24 +280,41 @@ def test_those_that_wait_for_their_turn_are_served(
 ) -> None:
     """A new instance that takes nothing in holds up the batches under way, and no others."""
     monkeypatch.setattr(moving, "_PATIENCE", 600.0)  # it is not over before the test is
+    run_here(loop, meet, _held_up)
+
+
+def test_what_is_accepted_in_the_turn_of_the_pause_moves(meet: Path) -> None:
+    """uvloop's server has accepted it, and its protocol does not know yet."""
+    run_here("uvloop", meet, _same_turn)
+
+
+def run_here(
+    loop: str, meet: Path, test: Callable[[DrainingServer, int, Successor], Awaitable[None]]
+) -> None:
+    """Have `test` done with a server in this process, the port of it, and a successor."""
     config = uvicorn.Config("demo_app.app:app", port=0, loop=loop, lifespan="off", log_config=None)
     factory = config.get_loop_factory()
     assert factory is not None
-    running = factory()
-    try:
-        running.run_until_complete(asyncio.wait_for(_held_up(config, meet), DEADLINE))
-    finally:
-        running.close()
 
-
-async def _held_up(config: uvicorn.Config, meet: Path) -> None:
-    server = DrainingServer(config)
-    successor = Successor(meet, os.getpid())
-    with contextlib.closing(connections.listen(connections.path_of(successor, 1))) as puppet:
+    async def serve() -> None:
+        server = DrainingServer(config)
         config.load()
         server.lifespan = config.lifespan_class(config)
         await server.startup()
         port = server.servers[0].sockets[0].getsockname()[1]
+        await test(server, port, Successor(meet, os.getpid()))
+        server.drain_on_stop = False
+        await server.shutdown()
+
+    running = factory()
+    try:
+        running.run_until_complete(asyncio.wait_for(serve(), DEADLINE))
+    finally:
+        running.close()
+
+
+async def _held_up(server: DrainingServer, port: int, successor: Successor) -> None:
+    with contextlib.closing(connections.listen(connections.path_of(successor, 1))) as puppet:
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
         for reader, writer in clients:
             writer.write(request())
@@ -316,5 +334,18 @@ async def _held_up(config: uvicorn.Config, meet: Path) -> None:
         await server.resume()
         for _, writer in clients:
             writer.close()
-        server.drain_on_stop = False
-        await server.shutdown()
+
+
+async def _same_turn(server: DrainingServer, port: int, successor: Successor) -> None:
+    with contextlib.closing(connections.listen(connections.path_of(successor, 1))) as puppet:
+        with Connection(f"127.0.0.1:{port}"):
+            await asyncio.sleep(0)  # it is accepted
+            await server.pause(successor)
+            channel, _ = puppet.accept()
+            channel.setblocking(False)
+            with channel:
+                found = connections.receive(channel)
+                assert found is not None
+                for arrival in found[1]:
+                    arrival.sock.close()
+        assert len(found[1]) == 1

@@ -71,6 +71,8 @@ class DrainingServer(uvicorn.Server):
         self.tally = Tally()
         """What the last drain did."""
         self._listeners: list[socket.socket] = []
+        self._spares: list[socket.socket] = []
+        """Duplicates of the listeners, for a pause: there may be no room for a descriptor then."""
         self._streams = EventStreams()
         self._endings: Endings | None = None
         self._mover: Mover | None = None
@@ -99,6 +101,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             self._listeners = list(sockets or _listeners_of(self.servers))
+            self._spares = _duplicates(self._listeners)
 
     async def _start_and_probe(self, start: Callable[[], Any], probe: Probe) -> None:
         await start()
@@ -109,6 +112,13 @@ class DrainingServer(uvicorn.Server):
         except BaseException:
             await self.lifespan.shutdown()
             raise
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; however it ends, no listener stays open."""
+        try:
+            await super().serve(sockets)
+        finally:
+            self._close_spares()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's; who presses Ctrl-C does not want to wait for idle connections."""
@@ -127,12 +137,10 @@ class DrainingServer(uvicorn.Server):
         """
         if self.paused or not self.started:
             return
+        kept, self._spares = self._spares or _duplicates(self._listeners), []
         self.paused = True
         self._drain_deadline = time.monotonic() + self.drain_timeout
         loop = asyncio.get_running_loop()
-        kept = [socket.socket(fileno=os.dup(one.fileno())) for one in self._listeners]
-        for one in kept:
-            one.setblocking(False)
         await stop_accepting(self.servers, [one.fileno() for one in self._listeners])
         self.servers = []
         self._listeners = kept
@@ -173,6 +181,8 @@ class DrainingServer(uvicorn.Server):
                     self._protocol, sock=one, ssl=self.config.ssl, backlog=self.config.backlog
                 )
             )
+        with contextlib.suppress(OSError):  # no room now; the next pause tries again
+            self._spares = _duplicates(self._listeners)
         self.paused = False
 
     def _protocol(self) -> asyncio.Protocol:
@@ -268,6 +278,7 @@ class DrainingServer(uvicorn.Server):
         if self.paused:
             self._cut_off()
             self._close_listeners()
+        self._close_spares()
         await super().shutdown(sockets)
 
     async def _let_go(self) -> None:
@@ -299,6 +310,11 @@ class DrainingServer(uvicorn.Server):
             one.close()
         self._listeners = []
 
+    def _close_spares(self) -> None:
+        for one in self._spares:
+            one.close()
+        self._spares = []
+
     def _cut_off(self) -> None:
         if self._open():
             logger.warning("The drain timeout is over: %s", self.tally.cut_text())
@@ -308,6 +324,19 @@ class DrainingServer(uvicorn.Server):
 
 def _listeners_of(servers: Sequence[asyncio.AbstractServer]) -> list[Any]:
     return [one for server in servers for one in getattr(server, "sockets", ())]
+
+
+def _duplicates(listeners: Sequence[socket.socket]) -> list[socket.socket]:
+    """Of each one, the caller's; all or none. Raises OSError."""
+    with contextlib.ExitStack() as made:
+        # uvloop's own are no plain sockets.
+        found = [
+            made.enter_context(socket.socket(fileno=os.dup(one.fileno()))) for one in listeners
+        ]
+        made.pop_all()
+    for one in found:
+        one.setblocking(False)
+    return found
 
 
 def _without_close(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -155,6 +155,23 @@ def test_a_child_without_room_takes_what_it_can(place: Deploys, address: str) ->
         assert "descriptor limit" in new.log
 
 
+def test_a_parent_without_room_goes(place: Deploys, address: str) -> None:
+    """Its last descriptor is taken when it is told to go: it stops accepting all the same, and
+    hands over what it has."""
+    args = command("uvicorn", address, "--loop", "asyncio", *LONG)
+    limited = ["bash", "-c", 'ulimit -n 60; exec "$@"', "bash", *args]
+    old = start(place, limited, *UP)
+    new = place.start(args, **QUICK)
+    old.wait_for("asks for this instance's listeners")
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Connection(address)) for _ in range(70)]
+        new.wait_for(TOOK_OVER)
+        assert old.wait() == 0
+        assert "Too many open files" in old.log
+        for connection in opened:
+            assert new.owns(connection.get().pid)
+
+
 @pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 def test_a_child_that_dies_with_connections_in_flight(
     place: Deploys, address: str, server: str

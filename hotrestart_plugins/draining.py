@@ -42,6 +42,7 @@ from hotrestart_plugins.tally import Tally
 CLOSE = (b"connection", b"close")
 _LOOK = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
 _LOOK_MOVING = 0.01  # the same while connections are on their way to the successor
+_LOOK_EACH = 1e-4  # for each connection, between two looks at all, of which each takes 2 or 3 us
 _WIND_UP = 1.0  # seconds for the app's side of what was brought to its end at the last moment
 
 logger = logging.getLogger("uvicorn.error")
@@ -192,6 +193,8 @@ class DrainingServer(uvicorn.Server):
 
     def _announce_close(self) -> None:
         """Have every answer from now on carry ``Connection: close``: all parsers honour it."""
+        if self._leaving is not None:
+            return
         # Once a second uvicorn makes its default headers anew from these.
         self.config.encoded_headers = [*self.config.encoded_headers, CLOSE]
         # Responses under way hold this very list.
@@ -230,15 +233,22 @@ class DrainingServer(uvicorn.Server):
     async def drain(self, seconds: float, *, linger: float | None = None) -> bool:
         """Pause, then wait until nothing is open, `seconds` at most; whether that is so.
 
-        In its last part WebSockets and event streams are brought to their end, spread out.
+        From half of the time on each answer closes its connection, whether it could be moved or
+        not. In the last part WebSockets and event streams are brought to their end, spread out.
         `linger`: close what is idle after so many seconds; None: leave it to its own timeout.
         """
         await self.pause()
         begun = time.monotonic()
         self._drain_deadline = begun + seconds
         endings = self._endings or Endings(self.server_state, self._streams)
+        look_at_all = begun
         while self._open() and not self.force_exit:
             now = time.monotonic()
+            if now >= look_at_all:
+                self._offer_again()
+                look_at_all = now + len(self.server_state.connections) * _LOOK_EACH
+            if now >= begun + seconds / 2:
+                self._announce_close()
             self._ask_all_to_leave()
             endings.spread(max(0.0, self._drain_deadline - now), seconds)
             if now >= self._drain_deadline + (_WIND_UP if endings.ended else 0.0):
@@ -252,6 +262,11 @@ class DrainingServer(uvicorn.Server):
         endings.give_up()
         self.tally = endings.tally(self._moved)
         return not self._open()
+
+    def _offer_again(self) -> None:
+        """Offer those, too, that had something left to be written or read behind their answer."""
+        if self._mover is not None and self._mover.all_watched:
+            self._mover.watch_all(self.server_state.connections)
 
     @property
     def _moved(self) -> AbstractSet[Any]:

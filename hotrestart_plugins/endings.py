@@ -121,13 +121,17 @@ class Endings:
                 tally.finished += 1
         if not cut:
             return tally
+        busy = 0
         for one in self._state.connections:
             if is_websocket(one):
                 tally.cut_websockets += one not in self.ended
-            elif is_idle(one):
-                tally.cut_idle += 1
-            else:
+                busy += one not in self.ended
+            elif not is_idle(one):
                 tally.cut_requests += 1
-        busy = tally.cut_requests + tally.cut_websockets
+                busy += 1
+            elif one.transport.get_write_buffer_size():  # its client has yet to read the answer
+                tally.cut_requests += 1
+            else:
+                tally.cut_idle += 1
         tally.cut_tasks = max(0, len(self._state.tasks) - busy)
         return tally

@@ -103,7 +103,9 @@ class Mover:
         self.log = logger
         self._failed = failed
         self._unseen: deque[Any] = deque()  # to be watched, a few in each turn of the loop
+        self._watched: set[Any] = set()
         self._waiting: set[Any] = set()  # each is in the queue of one outlet
+        self._held: set[Any] = set()  # these are not read any more
         self._outlets: list[_Outlet] = []
         for path in connections.receivers(successor):
             with contextlib.suppress(OSError, HotRestartError):
@@ -128,7 +130,10 @@ class Mover:
         return bool(self._unseen) or any(outlet.busy for outlet in self._outlets)
 
     def watch_all(self, connections: Collection[Any]) -> None:
-        """Move each now if it may be, else right after the answer that it waits for."""
+        """Move each now if it may be, else right after the answer that it waits for.
+
+        Again, and once all are watched, for those that had something left behind their answer.
+        """
         self._unseen.extend(connections)
         self._watch_some(connections)
 
@@ -141,10 +146,13 @@ class Mover:
             self.loop.call_soon(self._watch_some, connections)
 
     def add(self, connection: Any) -> None:
-        """One more, that was not there yet: from an older instance, which still hands over."""
-        if self.active:
+        """One, be it that it was not there yet: from an older instance, which still hands over."""
+        if not self.active:
+            return
+        if connection not in self._watched:
+            self._watched.add(connection)
             self.ways.watch(connection, functools.partial(self.answered, connection))
-            self.consider(connection)
+        self.consider(connection)
 
     def answered(self, connection: Any) -> None:
         """The connection has answered, and goes now, if it may."""
@@ -159,6 +167,7 @@ class Mover:
         if (
             self.active
             and connection not in self._waiting
+            and connection not in self._held
             and self.ways.kind(connection) is not None
         ):
             self._waiting.add(connection)
@@ -175,12 +184,14 @@ class Mover:
         self._waiting.discard(connection)
         kind = self.ways.kind(connection)
         if kind is not None:
+            self._held.add(connection)
             self.ways.hold(connection, kind)
         return kind
 
     def put_back(self, batch: Batch) -> None:
         """These were not sent, or not taken: read here again, and offer them anew."""
         for connection, kind in batch:
+            self._held.discard(connection)
             if not self.ways.closing(connection):
                 self.ways.release(connection, kind)
                 self.consider(connection)

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -126,6 +127,50 @@ def test_a_busy_connection_moves_right_after_its_answer(place: Deploys, address:
             assert (answer.status, answer.closes) == (200, False)
             assert new.owns(connection.get().pid)
         assert old.wait() == 0
+
+
+AHEAD = """
+import asyncio, os
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise RuntimeError("no lifespan")
+    size = 30_000_000 if scope["path"] == "/big" else 2
+    await receive()
+    await asyncio.sleep(0.05)
+    headers = {"content-length": str(size), "x-served-by": str(os.getpid())}
+    headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"x" * size})
+"""
+
+
+@pytest.mark.parametrize("parser", ["h11", "httptools"])
+def test_whoever_is_ahead_of_the_other(
+    place: Deploys, address: str, tmp_path: Path, parser: str
+) -> None:
+    """An answer is complete before its client has read it: the connection moves once it has. A
+    client has always one more request under way: it is told to come back."""
+    (tmp_path / "ahead.py").write_text(AHEAD)
+    args = command("uvicorn", address, "--http", parser, "--app-dir", str(tmp_path), *LONG)
+    args[args.index("app:app")] = "ahead:app"
+    old = start(place, args, *UP, HOTRESTART_DRAIN_TIMEOUT="4")
+    with Connection(address) as reader, Connection(address) as sender:
+        reader.send(request("/big"))
+        assert reader.sock.recv(1, socket.MSG_PEEK)
+        sender.send(request("/", "Content-Length: 5\r\n").replace(b"GET", b"POST"))
+        new = start(place, args, TOOK_OVER)
+        old.wait_for(STOPPED)
+        sender.send(b"hello" + request() * 2)
+        while not (answer := sender.answer()).closes:
+            assert answer.pid == old.pid
+            sender.send(request())
+        answer = reader.answer()
+        assert (answer.pid, answer.closes, len(answer.body)) == (old.pid, False, 30_000_000)
+        assert old.wait() == 0
+        assert new.owns(reader.get().pid)
+    assert "1 connections handed over" in old.log, old.log
+    assert "0 cut off" in old.log, old.log
 
 
 def test_a_child_without_room_takes_what_it_can(place: Deploys, address: str) -> None:

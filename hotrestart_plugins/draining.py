@@ -127,6 +127,11 @@ class DrainingServer(uvicorn.Server):
             self.drain_on_stop = False
         super().handle_exit(sig, frame)
 
+    @property
+    def limit_max_requests(self) -> int | None:
+        """As uvicorn's; none while it is paused, so that it stays to accept again."""
+        return None if self.paused else super().limit_max_requests
+
     # -- accepting -----------------------------------------------------------------------------
 
     async def pause(self, successor: Successor | None = None) -> None:
@@ -170,6 +175,8 @@ class DrainingServer(uvicorn.Server):
             self._endings.give_up()
             moved = mover.moved if mover is not None else frozenset()
             self.tally = self._endings.tally(moved, cut=False)
+            # Else the limit that they have reached would end it as soon as it serves again.
+            self.server_state.total_requests -= self.tally.requests
         self._endings = self._leaving = None
         drain.clear()
         self.config.encoded_headers = _without_close(self.config.encoded_headers)

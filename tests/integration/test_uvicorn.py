@@ -28,6 +28,7 @@ from tests.integration.instances import (
     up,
 )
 from tests.integration.raw import Connection, ask, request
+from tests.processes import eventually
 
 ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 NO_HANDOVER = "--no-connection-handover"
@@ -327,6 +328,31 @@ def test_an_instance_that_fails_to_make_way_leaves(
         assert busy.answer().status == 200
     assert "ZeroDivisionError" in old.log
     assert "was never retrieved" not in old.log
+
+
+@ONE_OR_MORE
+def test_a_limit_of_requests_ends_none_that_may_have_to_serve_again(
+    place: Deploys, address: str, server: str
+) -> None:
+    """--limit-max-requests, reached by the last answer of a replaced instance: that serves again,
+    and ends by the requests that come then."""
+    args = command(server, address, "--limit-max-requests", "1")
+    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+    parent = up(place, args, **window)
+    with Connection(address) as busy:
+        busy.begin_upload()
+        child = place.start(args, **window)
+        child.wait_for(TOOK_OVER)
+        parent.wait_for(STOPPED)
+        busy.send(b"hello")
+        assert parent.owns(busy.answer().pid)
+        record = place.directory / "meet" / f"handover-{child.pid}.json"
+        eventually(lambda: '"drained"' in record.read_text(), "it has drained")
+        os.killpg(child.pid, signal.SIGKILL)
+        parent.wait_for("Accepting again")
+        assert parent.owns(ask(address).pid)
+        parent.wait_for("Maximum request limit")
+    assert parent.log.index("Accepting again") < parent.log.index("Maximum request limit")
 
 
 def test_a_successor_that_is_stopped_on_purpose_is_not_rolled_back(

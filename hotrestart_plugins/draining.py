@@ -177,11 +177,13 @@ class DrainingServer(uvicorn.Server):
             self.tally = self._endings.tally(moved, cut=False)
             # Else the limit that they have reached would end it as soon as it serves again.
             self.server_state.total_requests -= self.tally.requests
+        announced = self._leaving is not None
         self._endings = self._leaving = None
         drain.clear()
-        self.config.encoded_headers = _without_close(self.config.encoded_headers)
-        # A list of its own: responses under way keep theirs, and close.
-        self.server_state.default_headers = _without_close(self.server_state.default_headers)
+        if announced:  # it comes last, behind a header of the user's own that may be the same
+            self.config.encoded_headers = self.config.encoded_headers[:-1]
+            # A list of its own: responses under way keep theirs, and close.
+            self.server_state.default_headers = self.server_state.default_headers[:-1]
         loop = asyncio.get_running_loop()
         for one in self._listeners:
             self.servers.append(

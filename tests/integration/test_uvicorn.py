@@ -331,6 +331,24 @@ def test_an_instance_that_fails_to_make_way_leaves(
 
 
 @ONE_OR_MORE
+def test_a_header_of_the_users_own_survives_a_rollback(
+    place: Deploys, address: str, server: str
+) -> None:
+    """Be it the same as that of a drain."""
+    args = command(server, address, "--header", "Connection:close", NO_HANDOVER)
+    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+    parent = up(place, args, **window)
+    assert ask(address).closes
+    child = place.start(args, **window)
+    child.wait_for(TOOK_OVER)
+    parent.wait_for(STOPPED)
+    os.killpg(child.pid, signal.SIGKILL)
+    parent.wait_for("Accepting again")
+    answer = ask(address)
+    assert (parent.owns(answer.pid), answer.closes) == (True, True)
+
+
+@ONE_OR_MORE
 def test_a_limit_of_requests_ends_none_that_may_have_to_serve_again(
     place: Deploys, address: str, server: str
 ) -> None:

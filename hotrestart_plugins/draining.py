@@ -43,6 +43,7 @@ CLOSE = (b"connection", b"close")
 _LOOK = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
 _LOOK_MOVING = 0.01  # the same while connections are on their way to the successor
 _LOOK_EACH = 1e-4  # for each connection, between two looks at all, of which each takes 2 or 3 us
+_DOUBT = 0.5  # seconds for the word that the successor has died: its channels end before it
 _WIND_UP = 1.0  # seconds for the app's side of what was brought to its end at the last moment
 
 logger = logging.getLogger("uvicorn.error")
@@ -77,6 +78,7 @@ class DrainingServer(uvicorn.Server):
         self._streams = EventStreams()
         self._endings: Endings | None = None
         self._mover: Mover | None = None
+        self._doubt: asyncio.TimerHandle | None = None
         self._receiver: Receiver | None = None
         self._drain_deadline = 0.0
         self._leaving: weakref.WeakSet[Any] | None = None
@@ -160,14 +162,18 @@ class DrainingServer(uvicorn.Server):
             self._announce_close()
 
     def _not_moved(self) -> None:
-        """The successor takes no connections any more."""
+        """The successor takes no connections any more; or it has died, and `resume` comes next."""
         if self.paused and self._mover is not None:
-            self._announce_close()
+            loop = asyncio.get_running_loop()
+            self._doubt = loop.call_later(_DOUBT, self._announce_close)
 
     async def resume(self) -> None:
         """Accept again, after `pause`."""
         if not self.paused:
             return
+        if self._doubt is not None:
+            self._doubt.cancel()
+            self._doubt = None
         mover, self._mover = self._mover, None
         if mover is not None:
             mover.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
@@ -23,6 +25,10 @@ from hotrestart_plugins.uvicorn.watchdog import Watchdog
 from hotrestart_plugins.uvicorn.workers import Supervisor
 
 logger = logging.getLogger("uvicorn.error")
+
+
+class _Stopped(Exception):
+    """Told to stop while it started, and somebody else serves."""
 
 
 class Server(DrainingServer):
@@ -107,12 +113,25 @@ class Server(DrainingServer):
         self._end(crashed=False)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then this instance is ready, and the parent, if any, is told to go."""
-        await super().startup(sockets)
+        """As uvicorn's; then this instance is ready, and the parent, if any, is told to go.
+
+        One that was stopped meanwhile takes nothing over.
+        """
+        self.lifespan.startup = functools.partial(self._start_unless_stopped, self.lifespan.startup)
+        try:
+            await super().startup(sockets)
+        except _Stopped:
+            self._end(crashed=False)
+            return
         if not self.started:
             return
         if self._watchdog is not None:
             self._watchdog.disarm()
+        if self.should_exit and self._takeover.is_child:
+            # The clients are the parent's, and know nothing of a second Ctrl-C.
+            self.shares_listeners = self.drain_on_stop = True
+            self.force_exit = False
+            return
         try:
             successor = self._takeover.successor
             if successor is not None:
@@ -130,6 +149,14 @@ class Server(DrainingServer):
     async def all_paused(self) -> bool:
         """At once: behind `pause` nobody accepts."""
         return True
+
+    async def _start_unless_stopped(self, start: Callable[[], Awaitable[None]]) -> None:
+        """The lifespan's startup; raises _Stopped where nothing is to be accepted behind it."""
+        await start()
+        if self.should_exit and self._takeover.is_child and not self.lifespan.should_exit:
+            if not self.force_exit:
+                await self.lifespan.shutdown()
+            raise _Stopped
 
     def leave(self) -> None:
         """End, with status 0."""

@@ -43,6 +43,7 @@ class Takeover:
         """Where this instance meets others, once it has."""
         self._record: Record | None = None
         self._was_child = False
+        self._failed = False
 
     def listen(self) -> list[socket.socket]:
         """Every listener, inherited, given or bound fresh; the caller owns them.
@@ -66,8 +67,8 @@ class Takeover:
             for one in given:
                 one.close()
             # What is said of it afterwards depends on whether somebody serves on.
-            self._was_child = self.hot is not None and self.hot.role is Role.CHILD
-            self.close()
+            self._was_child = self.is_child
+            self._close()
             raise
         return [*made, *given]
 
@@ -117,9 +118,14 @@ class Takeover:
         return list(dict.fromkeys(wanted)), given
 
     @property
+    def is_child(self) -> bool:
+        """Whether somebody serves from whom this instance has not taken over yet."""
+        return self.hot is not None and self.hot.role is Role.CHILD
+
+    @property
     def successor(self) -> Successor | None:
         """What this instance is to its parent, where it takes connections in; else None."""
-        if self.hot is None or self.hot.role is not Role.CHILD or self.settings.no_handover:
+        if not self.is_child or self.settings.no_handover:
             return None
         return Successor(self.directory, os.getpid())
 
@@ -154,9 +160,13 @@ class Takeover:
         else:
             logger.error("The app failed to start", exc_info=error)
             why = f"the app failed to start: {type(error).__name__}: {error}"
+        self._say(why)
+
+    def _say(self, why: str) -> None:
+        self._failed = True
         if self._record is not None:
             self._record.note(outcome="failed", reason=why)
-        if self._was_child or (self.hot is not None and self.hot.role is Role.CHILD):
+        if self._was_child or self.is_child:
             pid = self.parent_pid or "unknown"
             logger.error(
                 "Hot restart failed: %s; the running instance (pid %s) serves on", why, pid
@@ -165,7 +175,15 @@ class Takeover:
             logger.error("Start failed: %s", why)
 
     def close(self, *, crashed: bool = False) -> None:
-        """Close what `listen` opened, but the sockets it returned; see `HotRestart.close`."""
+        """Close what `listen` opened, but the sockets it returned; see `HotRestart.close`.
+
+        Where nothing has failed, and nothing was taken over, this instance was stopped: says so.
+        """
+        if self.is_child and not self._failed:
+            self._say("it was stopped before it had taken over")
+        self._close(crashed=crashed)
+
+    def _close(self, *, crashed: bool = False) -> None:
         if self.hot is not None:
             self.hot.close(crashed=crashed)
 

@@ -38,6 +38,7 @@ from hotrestart_plugins.uvicorn.takeover import Takeover
 READY, PAUSE, PAUSED, RESUME, DRAINED = b"ready", b"pause", b"paused", b"resume", b"drained"
 _MESSAGE = 4096  # bytes; no message is longer
 _WIND_UP = 3  # seconds that a worker may take beyond the drain: to notice, and to clean up
+_STOPS = {sig for sig, name in multiprocess.SIGNALS.items() if name in ("INT", "TERM")}
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -262,8 +263,7 @@ class Supervisor(Multiprocess):
     def handle_signals(self) -> None:
         """As uvicorn's; a replaced instance starts no workers."""
         if self._conductor.replaced:
-            leave = {sig for sig, name in multiprocess.SIGNALS.items() if name in ("INT", "TERM")}
-            for sig in [one for one in self.signal_queue if one not in leave]:
+            for sig in [one for one in self.signal_queue if one not in _STOPS]:
                 self.signal_queue.remove(sig)
                 logger.info("Ignoring %s: replaced", multiprocess.SIGNALS[sig])
         super().handle_signals()
@@ -382,6 +382,8 @@ class Conductor:
         seconds = self._settings.ready_timeout
         try:
             await asyncio.wait_for(self._all_ready(), seconds)
+            if self._supervisor.should_exit.is_set() or _STOPS & {*self._supervisor.signal_queue}:
+                return  # it looks at its signals twice a second, and will end
             hot = self._takeover.ready(self._supervisor.sockets)
         except asyncio.TimeoutError:
             self._fail(

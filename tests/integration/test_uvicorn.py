@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import select
 import signal
@@ -171,6 +172,50 @@ def test_a_child_that_fails_changes_nothing(
         assert f"pid {parent.pid}) serves on" in line
         if fault == "hang":
             assert "not ready within 1.5 s" in line
+        load.wait(answers=50)
+        assert parent.owns(ask(address).pid)
+        successor(place, parent, args)
+        report = load.stop()
+    assert not report.failures, report
+
+
+SLOW = """
+import asyncio, os, pathlib, sys
+sys.path.insert(0, os.getcwd())
+from app import app as demo
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan" and "LATCH" in os.environ:
+        print("in the startup", flush=True)
+        while pathlib.Path(os.environ["LATCH"]).exists():
+            await asyncio.sleep(0.01)
+    await demo(scope, receive, send)
+"""
+
+
+@ONE_OR_MORE
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_child_that_is_stopped_while_it_starts_changes_nothing(
+    place: Deploys, address: str, tmp_path: Path, server: str, number: signal.Signals
+) -> None:
+    """It takes nothing over, says so in one line, and ends as at any stop; no client notices."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    latch = tmp_path / "latch"
+    latch.touch()
+    args = [*command(server, address), "--app-dir", str(tmp_path)]
+    args[args.index("app:app")] = "slow:app"
+    parent = up(place, args)
+    with LoadProcess(address, Mix(one_shot=4, keep_alive=4)) as load:
+        load.wait(answers=50)
+        child = place.start(args, LATCH=str(latch), **QUICK)
+        child.wait_for("in the startup", count=4 if server == "uvicorn4" else 1)
+        child.signal(number)
+        latch.unlink()
+        assert child.wait() in (0, -number), child.log
+        said = f"it was stopped before it had taken over; the running instance (pid {parent.pid})"
+        assert child.log.count(said) == 1
+        assert TOOK_OVER not in child.log
+        (record,) = (place.directory / "meet").glob(f"handover-{child.pid}.json")
+        assert json.loads(record.read_text())["outcome"] == "failed"
         load.wait(answers=50)
         assert parent.owns(ask(address).pid)
         successor(place, parent, args)

@@ -86,8 +86,11 @@ class Server(DrainingServer):
         try:
             await super().serve(sockets)
         except (Exception, SystemExit) as error:
-            if not self.started:
-                self._takeover.failed(error)
+            if self.started:
+                raise
+            self._takeover.failed(error)
+            if isinstance(error, SystemExit):  # of whatever status: the app's may be 0
+                raise SystemExit(NotReady.status) from error
             raise
         finally:
             for one in sockets:

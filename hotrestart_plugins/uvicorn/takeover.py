@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
 from hotrestart_plugins import address as addresses
 from hotrestart_plugins.address import Address
@@ -154,7 +155,7 @@ class Takeover:
     def failed(self, error: BaseException) -> None:
         """The last line of an instance that could not take over, or not start."""
         if isinstance(error, SystemExit):
-            why = "the app failed to start, see above"
+            why = _reason(error)
         elif isinstance(error, (HotRestartError, OSError)):
             why = str(error)
         else:
@@ -186,6 +187,15 @@ class Takeover:
     def _close(self, *, crashed: bool = False) -> None:
         if self.hot is not None:
             self.hot.close(crashed=crashed)
+
+
+def _reason(end: SystemExit) -> str:
+    """Why the app did not start: uvicorn has said it, or the app has called sys.exit itself."""
+    if end.code == STARTUP_FAILURE:
+        return "the app failed to start, see above"
+    if isinstance(end.code, str):
+        return f"the app failed to start: {end.code}"
+    return f"the app failed to start: it called sys.exit({'' if end.code is None else end.code})"
 
 
 def _listen(

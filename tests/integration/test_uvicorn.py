@@ -179,6 +179,28 @@ def test_a_child_that_fails_changes_nothing(
     assert not report.failures, report
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("0", "the app failed to start: it called sys.exit(0)"),
+        ("7", "the app failed to start: it called sys.exit(7)"),
+        ("'DATABASE_URL is not set'", "the app failed to start: DATABASE_URL is not set"),
+    ],
+)
+def test_an_app_that_exits_in_its_import_has_failed(
+    place: Deploys, address: str, tmp_path: Path, written: str, said: str
+) -> None:
+    """With whatever status it wanted to: a deploy script must not take it for a success."""
+    (tmp_path / "exits.py").write_text(f"import sys\nsys.exit({written})\n")
+    parent = up(place, command("uvicorn", address))
+    args = [*command("uvicorn", address), "--app-dir", str(tmp_path)]
+    args[args.index("app:app")] = "exits:app"
+    child = place.start(args, **QUICK)
+    assert child.wait() == 3, child.log
+    assert f"Hot restart failed: {said}; the running instance" in child.log
+    assert parent.owns(ask(address).pid)
+
+
 SLOW = """
 import asyncio, os, pathlib, sys
 sys.path.insert(0, os.getcwd())

@@ -36,6 +36,7 @@ def statuses() -> str:
     """The table of exit statuses."""
     meaning = {
         0: "replaced by a later instance, or stopped",
+        2: "a command line that cannot be understood, such as an option that is not there",
         errors.NotReady.status: "the app did not start, or not in time: mend it",
         errors.TakeoverError.status: "could not take over: look at the line it left, start again",
         errors.ConfigurationError.status: "a setting, an address or a directory that cannot work",

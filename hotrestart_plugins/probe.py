@@ -29,8 +29,9 @@ class Probe:
 
         Raises ConfigurationError for what is neither.
         """
-        module, colon, function = what.partition(":")
-        if not what.startswith("/") and not (module and colon and function):
+        module, _, function = what.partition(":")
+        is_call = all(part.isidentifier() for part in (*module.split("."), function))
+        if not what.startswith("/") and not is_call:
             raise ConfigurationError(f"--probe: {what!r} is neither /path nor module:function")
         self.what = what
         self._host = host

@@ -1,7 +1,7 @@
 """The options: one table for the command line, the environment, gunicorn's config and the docs.
 
 An option is looked up in this order: the command line (or the call, or gunicorn's config file),
-the environment, the default.
+the environment, the default. A variable that is set to nothing is as if it were not set.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ OPTIONS = (
         "BIND",
         _addresses,
         "a list of addresses",
-        "Listen on this address instead of --host/--port: host:port, [v6]:port, unix:PATH, "
-        "unix:@ABSTRACT or fd://N. Repeatable.",
+        "Listen on this address instead of --host, --port, --uds or --fd: host:port, [v6]:port, "
+        "unix:PATH, unix:@ABSTRACT or fd://N. Repeatable.",
         "ADDRESS",
         gunicorn=False,
     ),
@@ -233,7 +233,7 @@ class Settings:
             written = given.get(option.field)
             if written is not None:
                 chosen[option.field] = option.value(written, source(option))
-            elif option.env in environ:
+            elif environ.get(option.env):
                 chosen[option.field] = option.value(environ[option.env], option.env)
         return cls(**chosen)
 

@@ -95,13 +95,18 @@ def test_the_call_counts_before_the_environment(
 def test_a_bad_value(field: str, bad: str) -> None:
     """A bad value is one line: where it was written, what it was, what is wanted."""
     option = BY_FIELD[field]
-    for given, environ, where in (
-        ({field: bad}, {}, option.flag),
-        ({}, {option.env: bad}, option.env),
-    ):
+    ways: list[tuple[dict[str, object], dict[str, str], str]] = [({field: bad}, {}, option.flag)]
+    if bad:
+        ways.append(({}, {option.env: bad}, option.env))
+    for given, environ, where in ways:
         with pytest.raises(ConfigurationError) as error:
             Settings.gather(given, environ)
         assert str(error.value) == f"{where}: {bad!r} is not {option.wants}"
+
+
+def test_an_empty_variable_is_as_if_unset() -> None:
+    """Whoever fills a template in may leave it empty; an option that is given empty is an error."""
+    assert Settings.gather({}, {option.env: "" for option in OPTIONS}) == Settings()
 
 
 @pytest.mark.parametrize(("field", "bad"), WRONG_TYPES)

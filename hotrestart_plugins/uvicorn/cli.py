@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from hotrestart_plugins.errors import ConfigurationError
 from hotrestart_plugins.settings import DEFAULTS, OPTIONS, Option, Settings
@@ -23,6 +24,12 @@ _EPILOG = (
 )
 
 _OPTIONS = [option for option in OPTIONS if option.uvicorn]
+
+
+class _Refused(click.ClickException):
+    """A setting that cannot work; click's own errors, of what it cannot read, have status 2."""
+
+    exit_code = ConfigurationError.status
 
 
 def _parameter(option: Option) -> click.Option:
@@ -51,14 +58,28 @@ def _command() -> click.Command:
 
 
 def _called(**parameters: Any) -> None:
-    given = {option.field: parameters.pop(option.field) or None for option in _OPTIONS}
+    given = {option.field: parameters.pop(option.field) for option in _OPTIONS}
+    given["bind"] = given["bind"] or None  # click's () is 'not given'
+    context = click.get_current_context()
+    places = [
+        f"--{name}"
+        for name in ("host", "port", "uds", "fd")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
 
     def ours(app: Any, **options: Any) -> None:
         try:
+            if places and given["bind"]:
+                raise ConfigurationError(
+                    f"--bind and {places[0]} do not go together: leave one out, or pass --bind "
+                    "for each address"
+                )
+            if places:
+                given["bind"] = ()  # whatever the environment has
             # Here, since --env-file and --app-dir have had their say by now.
             settings = Settings.gather(given)
         except ConfigurationError as error:
-            raise click.UsageError(str(error)) from None
+            raise _Refused(str(error)) from None
         run(app, hot_restart=settings, **options)
 
     # uvicorn's command turns its options into the arguments of its `run`. Ours takes that place,

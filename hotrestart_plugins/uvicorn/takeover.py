@@ -15,6 +15,7 @@ from hotrestart_plugins import address as addresses
 from hotrestart_plugins.address import Address
 from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
+from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.protocol import HotRestart, Role
 from hotrestart_plugins.record import Record
 from hotrestart_plugins.rendezvous import default_directory
@@ -36,6 +37,7 @@ class Takeover:
                 "--reload and hot restart do not go together: leave one out "
                 "(--no-hot-restart is the other's)"
             )
+        Probe.of(settings, "")  # a bad one is refused here, not in each worker
         self.config = config
         self.settings = settings
         self.hot: HotRestart | None = None

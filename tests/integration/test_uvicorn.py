@@ -471,20 +471,41 @@ def test_the_address_is_taken_by_somebody_else(place: Deploys) -> None:
     [
         (["--reload"], "--reload and hot restart do not go together"),
         (["--drain-timeout", "soon"], "--drain-timeout: 'soon' is not a number of seconds"),
+        (["--ready-timeout", "0"], "--ready-timeout: '0' is not a number of seconds"),
+        (["--hot-restart-dir", ""], "--hot-restart-dir: '' is not a directory"),
         (["--bind", "nowhere:at:all"], "'nowhere:at:all' is no address"),
         (["--bind", "fd://77"], "fd://77 is no open socket"),
+        (["--bind", "127.0.0.1:1", "--port", "1"], "--bind and --port do not go together"),
         (["--fd", "77"], "fd://77 is no open socket"),
         (["--hot-restart-dir", "/proc/none"], "/proc/none cannot be used to meet in"),
+        (["--probe", "health"], "--probe: 'health' is neither /path nor module:function"),
+        (["--probe", "http://x"], "--probe: 'http://x' is neither /path nor module:function"),
     ],
 )
+@ONE_OR_MORE
 def test_bad_input_is_refused_in_one_line(
-    place: Deploys, address: str, more: list[str], said: str
+    place: Deploys, server: str, more: list[str], said: str
 ) -> None:
-    """With a status of its own, and without a traceback."""
-    instance = place.start(command("uvicorn", address, *more))
-    assert instance.wait() in (2, 78), instance.log
+    """With a status of its own, and without a traceback, before the app is loaded."""
+    instance = place.start([*command(server, "127.0.0.1:1")[:-4], *more], DEMO_FAIL="hang")
+    assert instance.wait() == 78, instance.log
     assert [said in line for line in instance.log.splitlines()].count(True) == 1
     assert "Traceback" not in instance.log
+
+
+def test_the_environment_gives_way_to_the_command_line(place: Deploys, address: str) -> None:
+    """Also where it names the address under another option; what is bad in it is refused."""
+    elsewhere = f"127.0.0.1:{free_port()}"
+    instance = up(place, command("uvicorn", address), HOTRESTART_BIND=elsewhere)
+    assert ask(address).pid == instance.pid
+    assert "http://" + elsewhere not in instance.log
+    plain = command("uvicorn", address)[:-4]
+    new = successor(place, instance, plain, HOTRESTART_BIND=elsewhere)
+    assert ask(elsewhere).pid == new.pid
+    bad = place.start(plain, HOTRESTART_DISABLE="maybe")
+    assert bad.wait() == 78
+    assert "HOTRESTART_DISABLE: 'maybe' is not 1 or 0" in bad.log
+    assert place.start([*plain, "--no-such-option"]).wait() == 2
 
 
 # -- where it listens ------------------------------------------------------------------------------
@@ -533,9 +554,8 @@ def test_port_0_is_the_same_port_after_a_takeover(place: Deploys) -> None:
     port = old.log.split("http://127.0.0.1:")[1].split()[0]
     new = successor(place, old, args)
     assert ask(f"127.0.0.1:{port}").pid == new.pid
-    alone = place.start(args, HOTRESTART_DIR="")
-    assert alone.wait() == 2
-    assert "HOTRESTART_DIR: '' is not a directory" in alone.log
+    alone = up(place, args, HOTRESTART_DIR="")
+    assert "Port 0 names no place to meet: this instance cannot be replaced" in alone.log
 
 
 @pytest.mark.parametrize("way", ["--fd", "--bind", "systemd"])

@@ -137,7 +137,7 @@ class HotRestart:
         with contextlib.ExitStack() as undo:
             undo.callback(place.close)
             try:
-                place.lock(self.takeover_timeout)
+                place.lock(self.takeover_timeout, waiting=self._waiting)
                 endpoint, claim = place.bind_child(max(0.0, deadline - time.monotonic()))
             except OSError as error:
                 raise _unusable(place, error) from error
@@ -160,6 +160,9 @@ class HotRestart:
             if self._moment is Moment.INHERITED:
                 self._serve(lambda: None)
         return self.role
+
+    def _waiting(self, holder: int) -> None:
+        self._log.info("pid %s is not ready yet: waiting for this instance's turn", holder)
 
     def _find_parent(self, place: MeetingPlace, inquiry: Inquiry, deadline: float) -> bool:
         """Connect to the parent; wait for one that stands by to take its name back."""

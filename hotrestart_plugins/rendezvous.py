@@ -138,13 +138,19 @@ class MeetingPlace:
 
     # -- locks ---------------------------------------------------------------------------------
 
-    def lock(self, seconds: float) -> None:
-        """Wait for this instance's turn to take over, `seconds` at most; raises Busy."""
+    def lock(self, seconds: float, waiting: Callable[[int], None] | None = None) -> None:
+        """Wait for this instance's turn to take over, `seconds` at most; raises Busy.
+
+        `waiting` is told once whose turn it is, where this one has to wait.
+        """
         deadline = time.monotonic() + seconds
         while True:
             holder = self._try_lock()
             if holder is None:
                 return
+            if holder and waiting is not None:
+                waiting(holder)
+                waiting = None
             if time.monotonic() >= deadline:
                 raise Busy(
                     f"pid {holder} is taking over in {self.directory} and was not done within "

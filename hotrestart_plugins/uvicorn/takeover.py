@@ -61,6 +61,9 @@ class Takeover:
                 if hot is not None:
                     hot.adopt(one)
             made = _listen(hot, wanted, self.config)
+            for name in names:
+                if hot is not None and name.name in hot.inherited:
+                    logger.info("Inherited %s from pid %d", name, self.parent_pid)
             if hot is not None and self._record is not None:
                 bound = [name for name in hot.listeners if name not in hot.inherited]
                 self._record.note(
@@ -148,9 +151,8 @@ class Takeover:
         scheme = "https" if self.config.is_ssl else "http"
         for one in listeners:
             where = addresses.of_socket(one)
-            if self.hot is not None and where.name in self.hot.inherited:
-                logger.info("Inherited %s from pid %d", where, self.parent_pid)
-            place = f"unix socket {where}" if where.path else f"{scheme}://{where}"
+            is_unix = where.family == socket.AF_UNIX
+            place = f"unix socket {where}" if is_unix else f"{scheme}://{where}"
             logger.info("Uvicorn running on %s (Press CTRL+C to quit)", place)
         return self.hot
 

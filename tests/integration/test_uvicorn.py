@@ -32,6 +32,7 @@ from tests.integration.raw import Connection, ask, request
 from tests.processes import eventually
 
 ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
+SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn asgi"])
 NO_HANDOVER = "--no-connection-handover"
 
 
@@ -201,6 +202,35 @@ def test_an_app_that_exits_in_its_import_has_failed(
     assert parent.owns(ask(address).pid)
 
 
+@SERVERS
+def test_each_step_is_said_as_it_happens(
+    place: Deploys, address: str, tmp_path: Path, server: str
+) -> None:
+    """What was inherited before the app starts, and for whom one waits while one waits."""
+    args, latch = slow_start(server, address, tmp_path)
+    parent = up(place, args, **QUICK)
+    first = place.start(args, LATCH=str(latch), **QUICK)
+    first.wait_for("in the startup")
+    assert f"Inherited {address} from pid {parent.pid}" in first.log
+    second = place.start(args, **QUICK)
+    second.wait_for(f"pid {first.pid} is not ready yet: waiting for this instance's turn")
+    latch.unlink()
+    second.wait_for(f"{TOOK_OVER} {first.pid}")
+    assert "waiting" not in first.log
+
+
+def slow_start(server: str, address: str, directory: Path) -> tuple[list[str], Path]:
+    """A command whose app is not ready while a file is there, if LATCH names it; and the file."""
+    (directory / "slow.py").write_text(SLOW)
+    latch = directory / "latch"
+    latch.touch()
+    args = command(server, address)
+    args[args.index("app:app")] = "slow:app"
+    if server.startswith("gunicorn"):
+        return [*args, "--no-control-socket", "--pythonpath", str(directory)], latch
+    return [*args, "--app-dir", str(directory)], latch
+
+
 SLOW = """
 import asyncio, os, pathlib, sys
 sys.path.insert(0, os.getcwd())
@@ -220,11 +250,7 @@ def test_a_child_that_is_stopped_while_it_starts_changes_nothing(
     place: Deploys, address: str, tmp_path: Path, server: str, number: signal.Signals
 ) -> None:
     """It takes nothing over, says so in one line, and ends as at any stop; no client notices."""
-    (tmp_path / "slow.py").write_text(SLOW)
-    latch = tmp_path / "latch"
-    latch.touch()
-    args = [*command(server, address), "--app-dir", str(tmp_path)]
-    args[args.index("app:app")] = "slow:app"
+    args, latch = slow_start(server, address, tmp_path)
     parent = up(place, args)
     with LoadProcess(address, Mix(one_shot=4, keep_alive=4)) as load:
         load.wait(answers=50)
@@ -545,6 +571,13 @@ def test_several_addresses_at_once(place: Deploys, tmp_path: Path) -> None:
     new = successor(place, old, args(v4, v6, second))
     assert {ask(one).pid for one in (v4, v6, second)} == {new.pid}
     assert not (tmp_path / "first.sock").exists()
+
+
+def test_an_abstract_socket_is_named_as_one(place: Deploys) -> None:
+    """It has no file, and is no host either."""
+    name = f"@hotrestart-{os.getpid()}-{free_port()}"
+    instance = up(place, [*command("uvicorn", "127.0.0.1:1")[:-4], "--bind", f"unix:{name}"])
+    assert f"Uvicorn running on unix socket {name} " in instance.log
 
 
 def test_port_0_is_the_same_port_after_a_takeover(place: Deploys) -> None:

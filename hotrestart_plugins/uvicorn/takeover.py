@@ -37,6 +37,7 @@ class Takeover:
                 "--reload and hot restart do not go together: leave one out "
                 "(--no-hot-restart is the other's)"
             )
+        _check_tls(config)
         Probe.of(settings, "")  # a bad one is refused here, not in each worker
         self.config = config
         self.settings = settings
@@ -191,6 +192,22 @@ class Takeover:
     def _close(self, *, crashed: bool = False) -> None:
         if self.hot is not None:
             self.hot.close(crashed=crashed)
+
+
+def _check_tls(config: uvicorn.Config) -> None:
+    """Python's own errors about these files do not name them."""
+    if config.ssl_context_factory is not None:
+        return
+    for option in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        path = getattr(config, option)
+        flag = "--" + option.replace("_", "-")
+        try:
+            if path:
+                Path(path).open("rb").close()
+        except OSError as error:
+            raise ConfigurationError(f"{flag}: {path} cannot be read: {error.strerror}") from error
+    if config.ssl_keyfile and not config.ssl_certfile:
+        raise ConfigurationError("--ssl-keyfile needs a --ssl-certfile")
 
 
 def _reason(end: SystemExit) -> str:

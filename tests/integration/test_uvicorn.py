@@ -202,6 +202,21 @@ def test_an_app_that_exits_in_its_import_has_failed(
     assert parent.owns(ask(address).pid)
 
 
+def test_an_import_that_hangs_can_be_stopped(place: Deploys, address: str, tmp_path: Path) -> None:
+    """By SIGTERM: nobody need wait until it is over, or kill it."""
+    (tmp_path / "hangs.py").write_text(
+        "import threading\nprint('in the import', flush=True)\nthreading.Event().wait()\n"
+    )
+    parent = up(place, command("uvicorn", address))
+    args = [*command("uvicorn", address), "--app-dir", str(tmp_path)]
+    args[args.index("app:app")] = "hangs:app"
+    child = place.start(args, **QUICK)
+    child.wait_for("in the import")
+    child.signal(signal.SIGTERM)
+    assert child.wait() == -signal.SIGTERM
+    parent.wait_for(f"pid {child.pid} ended before it had taken over; serving on")
+
+
 @SERVERS
 def test_each_step_is_said_as_it_happens(
     place: Deploys, address: str, tmp_path: Path, server: str
@@ -612,7 +627,8 @@ def test_a_given_descriptor(place: Deploys, way: str) -> None:
 
 @ONE_OR_MORE
 def test_tls(place: Deploys, address: str, tmp_path: Path, server: str) -> None:
-    """TLS works as in uvicorn, across a takeover; a missing certificate harms nobody."""
+    """TLS works as in uvicorn, across a takeover; what is wrong with its files is said, and harms
+    nobody."""
     key, chain, ca = certificates.issue(tmp_path)
     args = command(server, address, "--ssl-keyfile", str(key), "--ssl-certfile", str(chain))
     old = up(place, args)
@@ -620,8 +636,15 @@ def test_tls(place: Deploys, address: str, tmp_path: Path, server: str) -> None:
     with LoadProcess(address, Mix(one_shot=4, keep_alive=4), ca_file=ca) as load:
         load.wait(answers=20)
         missing = place.start([*args[:-1], str(tmp_path / "none.pem")], **QUICK)
-        assert missing.wait() == 3
-        assert "Traceback" not in missing.log
+        assert missing.wait() == 78
+        assert f"--ssl-certfile: {tmp_path}/none.pem cannot be read: No such file" in missing.log
+        alone = place.start(args[:-2], **QUICK)
+        assert alone.wait() == 78
+        assert "--ssl-keyfile needs a --ssl-certfile" in alone.log
+        wrong = place.start([*args, "--ssl-keyfile", str(chain)], **QUICK)
+        assert wrong.wait() == 78
+        assert f"--ssl-certfile {chain} cannot be used with --ssl-keyfile {chain}: " in wrong.log
+        assert "Traceback" not in missing.log + alone.log + wrong.log
         new = successor(place, old, args)
         load.wait(answers=20)
         report = load.stop()

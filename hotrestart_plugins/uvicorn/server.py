@@ -49,6 +49,7 @@ class Server(DrainingServer):
         self._succession: Succession | None = None
         self._listeners_taken: list[socket.socket] | None = None
         self._failure: Exception | None = None
+        self._step = "the startup of its lifespan"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop; raises SystemExit with the status that says why it failed.
@@ -172,6 +173,7 @@ class Server(DrainingServer):
     async def _start_unless_stopped(self, start: Callable[[], Awaitable[None]]) -> None:
         """The lifespan's startup; raises _Stopped where nothing is to be accepted behind it."""
         await start()
+        self._step = "the probe"
         if self.should_exit and self._takeover.is_child and not self.lifespan.should_exit:
             if not self.force_exit:
                 await self.lifespan.shutdown()
@@ -181,9 +183,10 @@ class Server(DrainingServer):
         """End, with status 0."""
         self.should_exit = True
 
-    def _hangs(self, where: str) -> int:
+    def _hangs(self, where: str | None) -> int:
+        place = f"hangs at {where}" if where else f"waits in {self._step}"
         error = NotReady(
-            f"the app was not ready within {self.settings.ready_timeout:g} s, it hangs at {where}: "
+            f"the app was not ready within {self.settings.ready_timeout:g} s, it {place}: "
             "mend it, or pass a longer --ready-timeout"
         )
         self._takeover.failed(error)

@@ -6,13 +6,17 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 
 
 class Watchdog:
     """Ends this process if it is not disarmed in time. A thread, since the main one may hang."""
 
-    def __init__(self, give_up: Callable[[str], int]) -> None:
-        """`give_up` is told where the main thread hangs, and returns the exit status."""
+    def __init__(self, give_up: Callable[[str | None], int]) -> None:
+        """`give_up` is told where the main thread hangs, and returns the exit status.
+
+        None: in no code of its own; its loop waits, and so does what runs on it.
+        """
         self._give_up = give_up
         self._main = threading.main_thread().ident or 0
         self._lock = threading.Lock()
@@ -36,8 +40,15 @@ class Watchdog:
             if self._timer is None:
                 return
             frame = sys._current_frames().get(self._main)  # noqa: SLF001 (where it hangs)
-            where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
-            status = self._give_up(where)
+            status = self._give_up(_place(frame) if frame else None)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+
+def _place(frame: FrameType) -> str | None:
+    """File and line; None for those in which a loop waits, uvloop's being the runner's."""
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    if package in ("asyncio", "selectors"):
+        return None
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

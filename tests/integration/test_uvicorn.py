@@ -202,6 +202,21 @@ def test_an_app_that_exits_in_its_import_has_failed(
     assert parent.owns(ask(address).pid)
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_startup_that_waits_is_named(
+    place: Deploys, address: str, tmp_path: Path, loop: str
+) -> None:
+    """The line of the loop in which it waits would say nothing to whoever is to mend it."""
+    (tmp_path / "waits.py").write_text(
+        "import asyncio\nasync def app(scope, receive, send):\n    await asyncio.Event().wait()\n"
+    )
+    args = command("uvicorn", address, "--loop", loop, "--ready-timeout", "1")
+    args[args.index("app:app")] = "waits:app"
+    child = place.start([*args, "--app-dir", str(tmp_path)])
+    assert child.wait() == 3
+    assert "not ready within 1 s, it waits in the startup of its lifespan: mend it" in child.log
+
+
 def test_an_import_that_hangs_can_be_stopped(place: Deploys, address: str, tmp_path: Path) -> None:
     """By SIGTERM: nobody need wait until it is over, or kill it."""
     (tmp_path / "hangs.py").write_text(

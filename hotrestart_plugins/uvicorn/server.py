@@ -8,7 +8,6 @@ import inspect
 import logging
 import os
 import socket
-import ssl
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -86,8 +85,8 @@ class Server(DrainingServer):
         if self._watchdog is not None:
             self._watchdog.arm(self.settings.ready_timeout)
         try:
-            if not self.config.loaded:
-                self._load()
+            if not self.config.loaded:  # before uvicorn takes the signals: imports heed none then
+                self.config.load()
             await super().serve(sockets)
         except (Exception, SystemExit) as error:
             if self.started:
@@ -102,19 +101,6 @@ class Server(DrainingServer):
             self._end(crashed=True)
         if self._failure is not None:
             raise self._failure
-
-    def _load(self) -> None:
-        """Import the app. Before uvicorn takes the signals: an import heeds none of them then."""
-        try:
-            self.config.load()
-        except ssl.SSLError as error:
-            if hasattr(self.config, "ssl"):  # it is the app's own
-                raise
-            key, chain = self.config.ssl_keyfile, self.config.ssl_certfile
-            raise ConfigurationError(
-                f"--ssl-certfile {chain} cannot be used{f' with --ssl-keyfile {key}' * bool(key)}: "
-                f"{error}"
-            ) from error
 
     def _end(self, *, crashed: bool) -> None:
         if self._succession is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
@@ -206,8 +208,28 @@ def _check_tls(config: uvicorn.Config) -> None:
                 Path(path).open("rb").close()
         except OSError as error:
             raise ConfigurationError(f"{flag}: {path} cannot be read: {error.strerror}") from error
-    if config.ssl_keyfile and not config.ssl_certfile:
+    key, chain = config.ssl_keyfile, config.ssl_certfile
+    if chain:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(chain, key, config.ssl_keyfile_password or _ask_later)
+        except ssl.SSLError as error:
+            raise ConfigurationError(
+                f"--ssl-certfile {chain} cannot be used{f' with --ssl-keyfile {key}' * bool(key)}: "
+                f"{error}"
+            ) from error
+        except _AsksForPassword:
+            return
+    elif key:
         raise ConfigurationError("--ssl-keyfile needs a --ssl-certfile")
+
+
+class _AsksForPassword(Exception):
+    """The user is asked for it, once, where the server sets TLS up."""
+
+
+def _ask_later() -> NoReturn:
+    raise _AsksForPassword
 
 
 def _reason(end: SystemExit) -> str:

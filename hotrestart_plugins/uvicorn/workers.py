@@ -66,17 +66,8 @@ class WorkerServer(DrainingServer):
         try:
             await super().serve(sockets)
         except NotReady as error:
-            why = str(error)
-        except OSError as error:
-            config = self.config
-            if not config.is_ssl or hasattr(config, "ssl"):
-                raise
-            files = f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
-            why = f"TLS cannot be set up with {files}: {error}"
-        else:
-            return
-        logger.error("Worker [%d] failed to start: %s", os.getpid(), why)
-        sys.exit(NotReady.status)
+            logger.error("Worker [%d] failed to start: %s", os.getpid(), error)  # noqa: TRY400
+            sys.exit(error.status)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; then tell the supervisor, and listen to it."""

@@ -30,7 +30,7 @@ from uvicorn.server import ServerState
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.connections import Kind, Successor
-from hotrestart_plugins.endings import Endings, ask_to_leave, is_idle
+from hotrestart_plugins.endings import Endings, ask_to_leave, close_behind, is_idle
 from hotrestart_plugins.holding import UvicornWays, movable
 from hotrestart_plugins.intake import Intake
 from hotrestart_plugins.letting_go import offer_all, stop_accepting
@@ -248,8 +248,8 @@ class DrainingServer(uvicorn.Server):
     async def drain(self, seconds: float, *, linger: float | None = None) -> bool:
         """Pause, then wait until nothing is open, `seconds` at most; whether that is so.
 
-        From half of the time on each answer closes its connection, whether it could be moved or
-        not. In the last part WebSockets and event streams are brought to their end, spread out.
+        From half of the time on those close that have answered and could not move, behind one more
+        answer. In the last part WebSockets and event streams are brought to their end, spread out.
         `linger`: close what is idle after so many seconds; None: leave it to its own timeout.
         """
         await self.pause()
@@ -262,8 +262,9 @@ class DrainingServer(uvicorn.Server):
             if now >= look_at_all:
                 self._offer_again()
                 look_at_all = now + len(self.server_state.connections) * _LOOK_EACH
-            if now >= begun + seconds / 2:
-                self._announce_close()
+            if now >= begun + seconds / 2 and self._mover is not None:
+                for connection in self._mover.behind & self.server_state.connections:
+                    close_behind(connection, CLOSE)
             self._ask_all_to_leave()
             endings.spread(max(0.0, self._drain_deadline - now), seconds)
             if now >= self._drain_deadline + (_WIND_UP if endings.ended else 0.0):

@@ -44,6 +44,16 @@ def ask_to_leave(connection: Any, header: tuple[bytes, bytes]) -> None:
         cycle.default_headers.append(header)
 
 
+def close_behind(connection: Any, header: tuple[bytes, bytes]) -> None:
+    """Have the last answer that is awaited on this one connection say, by `header`, that it closes.
+
+    What is sent behind that request is not answered here.
+    """
+    cycle = connection.cycle  # the last of those that wait, with httptools; h11 reads one at a time
+    if cycle is not None and not cycle.response_started and header not in cycle.default_headers:
+        cycle.default_headers = [*cycle.default_headers, header]
+
+
 class Endings:
     """The connections that were open when a drain began, and what becomes of them."""
 

@@ -98,6 +98,8 @@ class Mover:
         """`failed` is called if the last channel has ended while it was still wanted."""
         self.moved: set[Any] = set()
         """The connections that the new instance has."""
+        self.behind: set[Any] = set()
+        """Those that had something left to write or to read when they had answered."""
         self.ways = ways
         self.loop = loop
         self.log = logger
@@ -156,7 +158,12 @@ class Mover:
 
     def answered(self, connection: Any) -> None:
         """The connection has answered, and goes now, if it may."""
-        if self.active and (kind := self._stop_reading(connection)) is not None:
+        if not self.active:
+            return
+        kind = self._stop_reading(connection)
+        if kind is None:
+            self.behind.add(connection)
+        else:
             self._next_outlet().offer_first(connection, kind)
 
     def consider(self, connection: Any) -> None:

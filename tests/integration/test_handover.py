@@ -136,7 +136,9 @@ async def app(scope, receive, send):
     if scope["type"] != "http":
         raise RuntimeError("no lifespan")
     size = 30_000_000 if scope["path"] == "/big" else 2
-    await receive()
+    message = await receive()
+    while scope["path"] == "/late" and message["more_body"]:
+        message = await receive()
     await asyncio.sleep(0.05)
     headers = {"content-length": str(size), "x-served-by": str(os.getpid())}
     headers = [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -150,12 +152,13 @@ def test_whoever_is_ahead_of_the_other(
     place: Deploys, address: str, tmp_path: Path, parser: str
 ) -> None:
     """An answer is complete before its client has read it: the connection moves once it has. A
-    client has always one more request under way: it is told to come back."""
+    client has always one more request under way: it is told to come back, and nobody else is."""
     (tmp_path / "ahead.py").write_text(AHEAD)
     args = command("uvicorn", address, "--http", parser, "--app-dir", str(tmp_path), *LONG)
     args[args.index("app:app")] = "ahead:app"
     old = start(place, args, *UP, HOTRESTART_DRAIN_TIMEOUT="4")
-    with Connection(address) as reader, Connection(address) as sender:
+    with Connection(address) as reader, Connection(address) as sender, Connection(address) as late:
+        late.send(request("/late", "Content-Length: 5\r\n").replace(b"GET", b"POST"))
         reader.send(request("/big"))
         assert reader.sock.recv(1, socket.MSG_PEEK)
         sender.send(request("/", "Content-Length: 5\r\n").replace(b"GET", b"POST"))
@@ -165,11 +168,15 @@ def test_whoever_is_ahead_of_the_other(
         while not (answer := sender.answer()).closes:
             assert answer.pid == old.pid
             sender.send(request())
+        late.send(b"hello")
+        answer = late.answer()
+        assert (answer.pid, answer.closes) == (old.pid, False)
         answer = reader.answer()
         assert (answer.pid, answer.closes, len(answer.body)) == (old.pid, False, 30_000_000)
         assert old.wait() == 0
         assert new.owns(reader.get().pid)
-    assert "1 connections handed over" in old.log, old.log
+        assert new.owns(late.get().pid)
+    assert "2 connections handed over" in old.log, old.log
     assert "0 cut off" in old.log, old.log
 
 

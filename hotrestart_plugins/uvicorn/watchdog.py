@@ -48,7 +48,8 @@ class Watchdog:
 
 def _place(frame: FrameType) -> str | None:
     """File and line; None for those in which a loop waits, uvloop's being the runner's."""
-    package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    if package in ("asyncio", "selectors"):
+    module = str(frame.f_globals.get("__name__"))
+    # uvicorn has a runner of its own for Pythons before 3.12.
+    if module.partition(".")[0] in ("asyncio", "selectors") or module == "uvicorn._compat":
         return None
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

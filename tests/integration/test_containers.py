@@ -12,7 +12,7 @@ from demo_app.deploys import TOOK_OVER, UP, Deploys, command
 from tests.integration.instances import QUICK, STOPPED
 from tests.integration.raw import Connection, ask, request
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.once]
 CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
 WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
 

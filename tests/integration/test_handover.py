@@ -291,6 +291,7 @@ def test_what_arrives_at_one_that_was_replaced_goes_on(
             answer = busy.get()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
 def test_one_that_moves_twice_keeps_its_timeout(place: Deploys, address: str, server: str) -> None:
     """Where it is asked nothing meanwhile, too: its client may have gone without a word."""

@@ -70,6 +70,7 @@ def held_up(address: str, tmp_path: Path) -> list[str]:
     return args
 
 
+@pytest.mark.once
 def test_a_rollback_does_not_wait_for_a_worker_that_is_held_up(
     place: Deploys, address: str, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_rollback_does_not_wait_for_a_worker_that_is_held_up(
         assert old.owns(ask(address).pid)
 
 
+@pytest.mark.once
 def test_a_worker_that_is_held_up_ends_at_the_drain_timeout(
     place: Deploys, address: str, tmp_path: Path
 ) -> None:
@@ -156,6 +158,7 @@ async def app(scope, receive, send):
 """
 
 
+@pytest.mark.once
 @ONE_OR_MORE
 def test_an_instance_that_fails_to_make_way_leaves(
     place: Deploys, address: str, tmp_path: Path, server: str

@@ -115,6 +115,7 @@ def test_an_import_that_hangs_can_be_stopped(place: Deploys, address: str, tmp_p
     parent.wait_for(f"pid {child.pid} ended before it had taken over; serving on")
 
 
+@pytest.mark.once
 @SERVERS
 def test_each_step_is_said_as_it_happens(
     place: Deploys, address: str, tmp_path: Path, server: str

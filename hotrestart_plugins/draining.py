@@ -80,6 +80,7 @@ class DrainingServer(uvicorn.Server):
         self._mover: Mover | None = None
         self._doubt: asyncio.TimerHandle | None = None
         self._receiver: Receiver | None = None
+        self._intake: Intake | None = None
         self._drain_deadline = 0.0
         self._leaving: weakref.WeakSet[Any] | None = None
         """The connections that were asked to leave; None: none shall."""
@@ -234,8 +235,8 @@ class DrainingServer(uvicorn.Server):
         """Listen at `path` for the connections of the instance that this one takes over from."""
         if movable(self.config):
             loop = asyncio.get_running_loop()
-            intake = Intake(loop, self._protocol, self._arrived)
-            self._receiver = Receiver.open(path, intake.take_in, loop=loop, logger=logger)
+            self._intake = Intake(loop, self._protocol, self._arrived)
+            self._receiver = Receiver.open(path, self._intake.take_in, loop=loop, logger=logger)
 
     def _arrived(self, connection: Any, kind: Kind) -> None:
         if kind is Kind.IDLE:
@@ -289,7 +290,8 @@ class DrainingServer(uvicorn.Server):
         return self._mover.moved if self._mover is not None else frozenset()
 
     def _open(self) -> int:
-        return len(self.server_state.connections) + len(self.server_state.tasks)
+        arriving = self._intake.pending if self._intake is not None else 0
+        return len(self.server_state.connections) + len(self.server_state.tasks) + arriving
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain where that is due, then as uvicorn's."""

@@ -24,6 +24,11 @@ class Intake:
         self._arrived = arrived
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def pending(self) -> int:
+        """How many have come, and are no connections yet."""
+        return len(self._tasks)
+
     def take_in(self, arrivals: Sequence[Arrival]) -> None:
         """Owns them from here on."""
         for one in arrivals:

@@ -420,3 +420,48 @@ async def _same_turn(server: DrainingServer, port: int, successor: Successor) ->
                 for arrival in found[1]:
                     arrival.sock.close()
         assert len(found[1]) == 1
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_drain_waits_for_what_is_arriving(meet: Path, loop: str) -> None:
+    """It was acknowledged, so the older instance has let it go; nobody else would answer it."""
+    config = uvicorn.Config("demo_app.app:app", port=0, loop=loop, lifespan="off", log_config=None)
+    factory = config.get_loop_factory()
+    assert factory is not None
+    running = factory()
+    try:
+        running.run_until_complete(asyncio.wait_for(_arriving(config, meet), DEADLINE))
+    finally:
+        running.close()
+
+
+async def _arriving(config: uvicorn.Config, meet: Path) -> None:
+    server = DrainingServer(config)
+    config.load()
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+    path = connections.path_of(Successor(meet, os.getpid()), os.getpid())
+    server.take_in(path)
+    await server.pause()
+    client, ours = socket.socketpair()
+    with client, ours, connections.connect(path) as channel:
+        client.sendall(request())
+        connections.send(channel, 1, [(ours.fileno(), connections.Kind.UNREAD)])
+        acknowledged = asyncio.get_running_loop().create_future()
+
+        def look() -> None:
+            """In the very turn: a task would come to it when the connection is made."""
+            asyncio.get_running_loop().remove_reader(channel.fileno())
+            step = server.drain(DEADLINE)
+            with contextlib.closing(step), contextlib.suppress(StopIteration):
+                step.send(None)
+                acknowledged.set_result("drains on")
+                return
+            acknowledged.set_result("has drained")
+
+        asyncio.get_running_loop().add_reader(channel.fileno(), look)
+        assert await acknowledged == "drains on"
+        ours.close()
+        assert await server.drain(DEADLINE)
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+    await server.shutdown()

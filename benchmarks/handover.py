@@ -32,7 +32,6 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,22 +302,17 @@ def busy(clients: int, takeovers: int, way: str, server: str, more: list[str]) -
     return good
 
 
-def ways_to_serve(options: argparse.Namespace) -> Iterator[tuple[int, str, str, list[str]]]:
-    """Each that was asked for."""
-    for clients, way, server, loop, parser in itertools.product(
-        options.clients, options.ways, options.servers, options.loop, options.http
-    ):
-        yield clients, way, server, ["--loop", loop, "--http", parser]
-
-
 def matrix(options: argparse.Namespace) -> bool:
     """Every way to serve that was asked for; whether no client had to connect again."""
     results: list[bool] = []
-    for clients, way, server, more in ways_to_serve(options):
+    for clients, way, server, loop, parser in itertools.product(
+        options.clients, options.ways, options.servers, options.loop, options.http
+    ):
+        more = ["--loop", loop, "--http", parser]
         try:
             results.append(busy(clients, options.takeovers, way, server, more))
         except (DeployError, TimeoutError) as error:
-            print(f"FAIL {clients} clients, {way}, {server}, {' '.join(more[1::2])}: {error}")
+            print(f"FAIL {clients} clients, {way}, {server}, {loop} {parser}: {error}")
             results.append(False)
     print(f"{len(results)} ways to serve, {results.count(False)} of them with a failure")
     return all(results)

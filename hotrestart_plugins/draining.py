@@ -14,7 +14,6 @@ import contextlib
 import copy
 import functools
 import logging
-import os
 import signal
 import socket
 import time
@@ -33,7 +32,7 @@ from hotrestart_plugins.connections import Kind, Successor
 from hotrestart_plugins.endings import Endings, ask_to_leave, close_behind, is_idle
 from hotrestart_plugins.holding import UvicornWays, movable
 from hotrestart_plugins.intake import Intake
-from hotrestart_plugins.letting_go import offer_all, stop_accepting
+from hotrestart_plugins.letting_go import duplicates, offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.streams import EventStreams
@@ -105,7 +104,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             self._listeners = list(sockets or _listeners_of(self.servers))
-            self._spares = _duplicates(self._listeners)
+            self._spares = duplicates(self._listeners)
 
     async def _start_and_probe(self, start: Callable[[], Any], probe: Probe) -> None:
         await start()
@@ -146,7 +145,7 @@ class DrainingServer(uvicorn.Server):
         """
         if self.paused or not self.started:
             return
-        kept, self._spares = self._spares or _duplicates(self._listeners), []
+        kept, self._spares = self._spares or duplicates(self._listeners), []
         self.paused = True
         self._drain_deadline = time.monotonic() + self.drain_timeout
         loop = asyncio.get_running_loop()
@@ -199,7 +198,7 @@ class DrainingServer(uvicorn.Server):
                 )
             )
         with contextlib.suppress(OSError):  # no room now; the next pause tries again
-            self._spares = _duplicates(self._listeners)
+            self._spares = duplicates(self._listeners)
         self.paused = False
 
     def _protocol(self) -> asyncio.Protocol:
@@ -357,19 +356,6 @@ class DrainingServer(uvicorn.Server):
 
 def _listeners_of(servers: Sequence[asyncio.AbstractServer]) -> list[Any]:
     return [one for server in servers for one in getattr(server, "sockets", ())]
-
-
-def _duplicates(listeners: Sequence[socket.socket]) -> list[socket.socket]:
-    """Of each one, the caller's; all or none. Raises OSError."""
-    with contextlib.ExitStack() as made:
-        # uvloop's own are no plain sockets.
-        found = [
-            made.enter_context(socket.socket(fileno=os.dup(one.fileno()))) for one in listeners
-        ]
-        made.pop_all()
-    for one in found:
-        one.setblocking(False)
-    return found
 
 
 def _without_close(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

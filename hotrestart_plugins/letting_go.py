@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from hotrestart_plugins.moving import Mover
+
+
+def duplicates(listeners: Iterable[socket.socket]) -> list[socket.socket]:
+    """Of each one, the caller's; all or none. Raises OSError.
+
+    They are made while there is room for a descriptor: there may be none when they are needed, to
+    accept on again behind `stop_accepting`.
+    """
+    with contextlib.ExitStack() as made:
+        # uvloop's own are no plain sockets.
+        found = [
+            made.enter_context(socket.socket(fileno=os.dup(one.fileno()))) for one in listeners
+        ]
+        made.pop_all()
+    for one in found:
+        one.setblocking(False)
+    return found
 
 
 async def stop_accepting(servers: Iterable[asyncio.AbstractServer], fds: Iterable[int]) -> None:

@@ -19,7 +19,7 @@ from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.blocking import Closing, proxied
 from hotrestart_plugins.gunicorn.looping import LoopGate
 from hotrestart_plugins.intake import Intake
-from hotrestart_plugins.letting_go import offer_all, stop_accepting
+from hotrestart_plugins.letting_go import duplicates, offer_all, stop_accepting
 from hotrestart_plugins.moving import Mover, Receiver
 from hotrestart_plugins.probe import Probe
 from hotrestart_plugins.spreading import LastPart
@@ -124,9 +124,7 @@ class AsgiGate(LoopGate):
             )
 
     def _duplicate(self) -> None:
-        self._duplicates = [
-            socket.socket(fileno=one.sock.dup().detach()) for one in self._worker.sockets
-        ]
+        self._duplicates = duplicates(one.sock for one in self._worker.sockets)
 
     def _arrived(self, connection: Any, kind: Kind) -> None:
         if kind is Kind.IDLE:

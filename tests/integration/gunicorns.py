@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from demo_app.deploys import DEADLINE, DeployError, Deploys, Instance, command
+from demo_app.deploys import DEADLINE, DeployError, Deploys, Instance
 from tests.integration import instances
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ EACH_WORKER = pytest.mark.parametrize("worker", WORKERS)
 # Of uvicorn's earlier versions with later ones of websockets nobody needs to hear.
 STRICT = {"PYTHONWARNINGS": "error::DeprecationWarning,ignore:websockets:DeprecationWarning"}
 QUICK = {**STRICT, **instances.QUICK}
-WINDOW = {**STRICT, "HOTRESTART_ROLLBACK_WINDOW": "60"}
+WINDOW = {**STRICT, **instances.WINDOW}
 EX_CONFIG = 78
 INSTALL = "from hotrestart_plugins.gunicorn import install\ninstall(globals())\n"
 
 
 def gunicorn(worker: str, address: str, *more: str) -> list[str]:
     """The demo's command line; without the control socket, whose place all of them share."""
-    return command(f"gunicorn {worker}", address, "--no-control-socket", *more)
+    return instances.demo(f"gunicorn {worker}", address, *more)
 
 
 def own_config(worker: str, address: str, config: Path, *more: str) -> list[str]:
@@ -59,6 +59,11 @@ def up(place: Deploys, args: list[str], **env: str) -> Instance:
 def successor(place: Deploys, old: Instance, args: list[str], **env: str) -> Instance:
     """An instance that has taken over; the old one has ended with 0."""
     return instances.successor(place, old, args, **{**QUICK, **env})
+
+
+def takes_over(place: Deploys, old: Instance, args: list[str], **env: str) -> Instance:
+    """An instance that has taken over; the old one stands by."""
+    return instances.takes_over(place, old, args, **{**WINDOW, **env})
 
 
 def booted(instance: Instance) -> list[int]:

@@ -1,14 +1,25 @@
-"""Instances that leave as soon as they are replaced, and what is looked for in their logs."""
+"""Instances, that leave as soon as they are replaced or stand by, and what their logs say."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance
+import pytest
+
+from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
 from tests.integration.raw import Connection
 
 STOPPED = "Stopped accepting"
 QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
+WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+NO_HANDOVER = "--no-connection-handover"
+ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
+
+
+def demo(server: str, address: str, *more: str) -> list[str]:
+    """The demo's command line; gunicorn without the control socket, whose place all share."""
+    alone = ["--no-control-socket"] if server.startswith("gunicorn") else []
+    return command(server, address, *alone, *more)
 
 
 def up(place: Deploys, args: list[str], **env: str) -> Instance:
@@ -23,6 +34,14 @@ def successor(place: Deploys, old: Instance, args: list[str], **env: str) -> Ins
     new = place.start(args, **{**QUICK, **env})
     new.wait_for(TOOK_OVER)
     assert old.wait() == 0, old.log
+    return new
+
+
+def takes_over(place: Deploys, old: Instance, args: list[str], **env: str) -> Instance:
+    """An instance that has taken over; the old one stands by."""
+    new = place.start(args, **{**WINDOW, **env})
+    new.wait_for(TOOK_OVER)
+    old.wait_for(STOPPED)
     return new
 
 

@@ -20,7 +20,7 @@ import pytest
 from demo_app.deploys import TOOK_OVER, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins.settings import DEFAULTS
-from tests.integration.instances import QUICK, STOPPED, successor, up
+from tests.integration.instances import QUICK, STOPPED, demo, successor, up
 from tests.integration.raw import Connection, ask, request
 from tests.processes import open_descriptors
 
@@ -44,10 +44,9 @@ from {module} import app
 
 
 def serve(server: str, address: str, *more: str) -> list[str]:
-    """The demo's command line; gunicorn without the control socket, whose place all share."""
-    if server.startswith("gunicorn"):
-        return command(server, address, "--no-control-socket", *more)
-    return command(server, address, "--timeout-keep-alive", "60", *more)
+    """The demo's command line."""
+    keep_alive = () if server.startswith("gunicorn") else ("--timeout-keep-alive", "60")
+    return demo(server, address, *keep_alive, *more)
 
 
 def binding(server: str, *addresses: str) -> list[str]:

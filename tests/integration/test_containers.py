@@ -8,19 +8,17 @@ import signal
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, UP, Deploys, command
-from tests.integration.instances import QUICK, STOPPED
+from demo_app.deploys import TOOK_OVER, UP, Deploys
+from tests.integration.instances import QUICK, STOPPED, WINDOW, demo, takes_over
 from tests.integration.raw import Connection, ask, request
 
 pytestmark = [pytest.mark.root, pytest.mark.once]
 CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
-WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
 
 
 def contained(server: str, address: str) -> list[str]:
-    """The demo's command line; gunicorn without the control socket, whose place all share."""
-    more = ["--no-control-socket"] if server.startswith("gunicorn") else []
-    return [*CONTAINER, *command(server, address, *more)]
+    """The demo's command line."""
+    return [*CONTAINER, *demo(server, address)]
 
 
 @pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn gthread"])
@@ -55,9 +53,7 @@ def test_of_two_that_stand_by_the_later_one_serves(
     first.wait_for(*UP)
     second = place.start(args, DEMO_VERSION="2", **WINDOW)
     second.wait_for(TOOK_OVER)
-    third = place.start(args, DEMO_VERSION="3", **WINDOW)
-    third.wait_for(TOOK_OVER)
-    second.wait_for(STOPPED)
+    third = takes_over(place, second, args, DEMO_VERSION="3")
     os.killpg(third.pid, signal.SIGKILL)
     second.wait_for("Accepting again")
     assert {json.loads(ask(address).body)["version"] for _ in range(8)} == {"2"}

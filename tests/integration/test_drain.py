@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
+from tests.integration.instances import NO_HANDOVER, ONE_OR_MORE, demo
 from tests.integration.raw import Connection, ask, request
 
 HANDSHAKE = (
@@ -20,8 +21,6 @@ HANDSHAKE = (
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 )
 RESTART = (1012).to_bytes(2, "big")  # Service Restart, the IANA registry of close codes
-NO_HANDOVER = "--no-connection-handover"
-SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 
 
 def up(place: Deploys, args: list[str], **env: str) -> Instance:
@@ -52,7 +51,7 @@ def read_all(sock: socket.socket) -> bytes:
     return data
 
 
-@SERVERS
+@ONE_OR_MORE
 def test_the_app_hears_of_the_drain(place: Deploys, address: str, server: str) -> None:
     """An endless stream ends on its own terms, and the health check turns; the new one is fine."""
     args = command(server, address, "--timeout-keep-alive", "60", NO_HANDOVER)
@@ -132,8 +131,8 @@ def test_only_event_streams_are_ended(
     """Not every answer to a client that would accept one: those that are under way are finished.
     And of a stream's client that does not read, nobody else hears."""
     (tmp_path / "streams.py").write_text(STREAMS)
-    one_parser = ("--http", http) if server == "uvicorn" else ("-w", "1", "--no-control-socket")
-    args = command(server, address, *one_parser)
+    one_parser = ("--http", http) if server == "uvicorn" else ("-w", "1")
+    args = demo(server, address, *one_parser)
     args[args.index("app:app")] = "streams:app"
     env = {"PYTHONPATH": str(tmp_path), "HOTRESTART_DRAIN_TIMEOUT": "4"}
     old = up(place, args, **env)
@@ -179,7 +178,7 @@ def test_what_a_drain_did_is_counted(place: Deploys, address: str) -> None:
     assert counted in old.log
 
 
-@SERVERS
+@ONE_OR_MORE
 def test_a_plain_stop_takes_the_same_care(place: Deploys, address: str, server: str) -> None:
     """SIGTERM without a successor: accepted and unread, and idle, are answered once more."""
     old = up(place, command(server, address, "--timeout-keep-alive", "60"))
@@ -210,7 +209,7 @@ def test_a_plain_stop_does_not_wait_for_the_silent(place: Deploys, address: str)
     assert old.wait() == -signal.SIGTERM
 
 
-@SERVERS
+@ONE_OR_MORE
 @pytest.mark.parametrize(
     ("probe", "said"),
     [

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, UP, DeployError, Deploys, Instance, command, free_port
+from demo_app.deploys import TOOK_OVER, UP, DeployError, Deploys, Instance, free_port
 from demo_app.load import LoadProcess, Mix, Report
+from tests.integration.instances import demo
 from tests.integration.raw import ask
 
 pytestmark = [
@@ -88,15 +89,9 @@ def was_hit(instance: Instance, where: Path, what: str) -> bool:
     return "(INJECTED)" in Path(f"{where}.trace").read_text()
 
 
-def command_of(server: str, address: str) -> list[str]:
-    """gunicorn's without the control socket, whose place all of them share."""
-    more = ["--no-control-socket"] if server.startswith("gunicorn") else []
-    return command(server, address, *more)
-
-
 def serving(place: Deploys, server: str, address: str) -> tuple[Instance, list[str]]:
     """A parent that serves there, and its command."""
-    args = command_of(server, address)
+    args = demo(server, address)
     parent = place.start(args, **ENV)
     parent.wait_for(*UP)
     return parent, args
@@ -242,7 +237,7 @@ def _stays_stopped(status: Path) -> bool:
 def test_the_parent_fails(place: Deploys, server: str, calls: str, when: int, what: str) -> None:
     """Killed in the middle of any call, the child serves alone; an error costs one attempt."""
     address = f"127.0.0.1:{free_port()}"
-    args = command_of(server, address)
+    args = demo(server, address)
     parent = place.start(injected(args, place.directory / "meet", calls, what, when), **ENV)
     parent.wait_for(*UP)
     with LoadProcess(address, CLIENTS) as load:

@@ -25,6 +25,7 @@ from tests.integration.gunicorns import (
     own_config,
     start,
     successor,
+    takes_over,
     up,
     workers_of,
 )
@@ -245,9 +246,7 @@ def test_workers_of_another_user(place: Deploys, tmp_path: Path, worker: str) ->
     old = up(place, args, **WINDOW)
     with LoadProcess(address, Mix(one_shot=4, keep_alive=4)) as load:
         load.wait(answers=20)
-        new = start(place, args, **WINDOW)
-        new.wait_for(TOOK_OVER)
-        old.wait_for(STOPPED)
+        new = takes_over(place, old, args)
         load.wait(answers=20)
         for one in (old, new):
             (pid,) = workers_of(one)

@@ -30,6 +30,7 @@ from tests.integration.gunicorns import (
     own_config,
     start,
     successor,
+    takes_over,
     up,
     workers_of,
 )
@@ -109,9 +110,7 @@ def test_the_record_of_a_failure_and_of_a_rollback(
     assert failed.wait() != 0
     record = record_of(place, failed)
     assert record["outcome"] == "failed"
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     child.signal(signal.SIGKILL)
     parent.wait_for("Accepting again")
     ask(address)
@@ -390,9 +389,7 @@ def test_handing_over_takes_no_threads(place: Deploys, address: str) -> None:
             connection.begin_upload()
         threads = Path(f"/proc/{pid}/task")
         before = len(list(threads.iterdir()))
-        new = start(place, args, **WINDOW)
-        new.wait_for(TOOK_OVER)
-        old.wait_for(STOPPED)
+        new = takes_over(place, old, args)
         for connection in opened:
             connection.send(b"hello")
             assert connection.answer().pid == pid

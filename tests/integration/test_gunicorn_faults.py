@@ -27,6 +27,7 @@ from tests.integration.gunicorns import (
     own_config,
     start,
     successor,
+    takes_over,
     up,
     workers_of,
 )
@@ -103,9 +104,7 @@ def test_the_parent_serves_again_if_its_successor_dies_in_the_window(
     args = gunicorn(worker, address, "--pid", str(pid_file))
     parent = up(place, args, **WINDOW)
     pids = workers_of(parent)
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     kill(child)
     parent.wait_for("this instance serves again")
     parent.wait_for("Accepting again")
@@ -130,9 +129,7 @@ def test_rolled_back_connections_are_kept_alive_again(
     """`Connection: close` ends with the pause."""
     args = gunicorn(worker, address, "-w", "1")
     parent = up(place, args, **WINDOW)
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     kill(child)
     parent.wait_for("Accepting again")
     with Connection(address) as connection:
@@ -157,9 +154,7 @@ def test_a_worker_that_leaves_does_not_accept_again(
         parent.signal(signal.SIGTTOU)
         _oldest, stays = booted(parent)
         eventually(lambda: {ask(address).pid for _ in range(8)} == {stays}, "one worker answers")
-        child = start(place, args, **WINDOW)
-        child.wait_for(TOOK_OVER)
-        parent.wait_for(STOPPED)
+        child = takes_over(place, parent, args)
         kill(child)
         parent.wait_for("Accepting again")
         assert {ask(address).pid for _ in range(20)} == {stays}
@@ -174,9 +169,7 @@ def test_a_worker_that_dies_in_the_window_is_not_replaced(place: Deploys, addres
     args = gunicorn("sync", address)
     parent = up(place, args, **WINDOW)
     pids = workers_of(parent)
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     os.kill(min(pids), signal.SIGKILL)
     parent.wait_for(f"Worker (pid:{min(pids)}) was sent SIGKILL!")
     child.signal(signal.SIGKILL)
@@ -193,9 +186,7 @@ def test_a_successor_that_is_stopped_on_purpose_is_not_rolled_back(
     """Stopping the service within the rollback window stops the service."""
     args = gunicorn("asgi", address)
     parent = up(place, args, **WINDOW)
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     assert child.stop() == 0
     assert parent.wait() == 0
     with pytest.raises(ConnectionRefusedError):
@@ -210,9 +201,7 @@ def test_the_old_master_can_be_stopped_in_the_window(
     path, pid_file = tmp_path / "app.sock", tmp_path / "pid"
     args = gunicorn("gthread", f"unix:{path}", "--pid", str(pid_file))
     parent = up(place, args, **WINDOW)
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     parent.signal(number)
     assert parent.wait() == 0, parent.log
     assert child.owns(ask(f"unix:{path}").pid)
@@ -226,9 +215,7 @@ def test_a_replaced_master_changes_nothing_any_more(
     """HUP would end it over the pid file, and start workers with the new code."""
     args = gunicorn("sync", address, "--pid", str(tmp_path / "pid"))
     parent = up(place, args, **WINDOW)
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     parent.signal(signal.Signals[f"SIG{name}"])
     parent.wait_for(f"SIG{name} ignored")
     child.signal(signal.SIGKILL)

@@ -26,6 +26,7 @@ from tests.integration.gunicorns import (
     own_config,
     start,
     successor,
+    takes_over,
     up,
     workers_of,
 )
@@ -141,9 +142,7 @@ def test_a_full_worker_stays_paused(place: Deploys, address: str, worker: str) -
     parent = up(place, args, **WINDOW)
     with Connection(address) as first:
         assert first.get().status == 200
-        child = start(place, args, **WINDOW)
-        child.wait_for(TOOK_OVER)
-        parent.wait_for(STOPPED)
+        child = takes_over(place, parent, args)
         assert first.get().closes
         assert first.at_end()
     for _ in range(20):
@@ -324,9 +323,7 @@ def test_a_config_file_that_patches_the_master(
     config.write_text(f"import gevent.monkey\ngevent.monkey.patch_all()\n{INSTALL}")
     args = own_config("gevent", address, config, "--preload")
     parent = up(place, args, **WINDOW)
-    child = start(place, args, **WINDOW)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     kill(child)
     parent.wait_for("Accepting again")
     assert parent.owns(ask(address).pid)

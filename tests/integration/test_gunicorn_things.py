@@ -32,6 +32,7 @@ from tests.integration.gunicorns import (
     parent_of,
     start,
     successor,
+    takes_over,
     up,
     wait_for_end,
     workers_of,
@@ -88,9 +89,7 @@ def test_the_pid_file_names_who_serves_at_every_instant(
         second.wait_for(TOOK_OVER)
         assert first.wait() == 0
         assert start(place, args, DEMO_FAIL="import", **QUICK).wait() == 3
-        third = start(place, args, **WINDOW)
-        third.wait_for(TOOK_OVER)
-        second.wait_for(STOPPED)
+        third = takes_over(place, second, args)
         eventually(lambda: names(third), "the third named")
         third.signal(signal.SIGKILL)
         second.wait_for("Accepting again")
@@ -224,9 +223,7 @@ def test_usr1_reopens_the_logs_of_both(
     args = own_config(worker, address, config, "-w", "1", *logs)
     old = up(place, args, **WINDOW)
     assert ask(address).status == 200
-    new = start(place, args, **WINDOW)
-    new.wait_for(TOOK_OVER)
-    old.wait_for(STOPPED)
+    new = takes_over(place, old, args)
     for path in (access, errors):
         path.rename(f"{path}.1")
     for one in (old, new):
@@ -380,9 +377,7 @@ def test_a_worker_that_is_used_up_in_the_window_is_not_replaced(
     pids = workers_of(old)
     with Connection(address) as idle:
         pid = idle.get().pid
-        new = start(place, args, **WINDOW)
-        new.wait_for(TOOK_OVER)
-        old.wait_for(STOPPED)
+        new = takes_over(place, old, args)
         assert idle.get().pid == pid
     old.wait_for(f"Worker exiting (pid: {pid})")
     new.signal(signal.SIGKILL)

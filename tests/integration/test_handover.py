@@ -22,7 +22,7 @@ from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins import connections, moving
 from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.draining import DrainingServer
-from tests.integration.instances import QUICK, STOPPED
+from tests.integration.instances import QUICK, STOPPED, WINDOW, demo
 from tests.integration.raw import Connection, ask, request
 
 LONG = ("--timeout-keep-alive", "60")
@@ -231,7 +231,7 @@ def test_a_child_that_dies_with_connections_in_flight(
     """What it had not acknowledged is answered by the old instance, and stays with it; what it had
     is lost with it."""
     args = command(server, address, *LONG)
-    old = start(place, args, *UP, HOTRESTART_ROLLBACK_WINDOW="60")
+    old = start(place, args, *UP, **WINDOW)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(Connection(address)) for _ in range(40)]
         for connection in opened:
@@ -259,12 +259,10 @@ def test_a_child_that_dies_with_connections_in_flight(
 
 
 def one_worker(server: str, address: str, keep_alive: int) -> list[str]:
-    """The demo's command line; gunicorn without the control socket, whose place all share."""
-    if server.startswith("gunicorn"):
-        more = ["-w", "1", "--keep-alive", str(keep_alive), "--no-control-socket"]
-    else:
-        more = ["--timeout-keep-alive", str(keep_alive)]
-    return command(server, address, *more)
+    """The demo's command line."""
+    if server == "uvicorn":
+        return demo(server, address, "--timeout-keep-alive", str(keep_alive))
+    return demo(server, address, "-w", "1", "--keep-alive", str(keep_alive))
 
 
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
@@ -274,13 +272,12 @@ def test_what_arrives_at_one_that_was_replaced_goes_on(
     """Busy with the first instance until the second is replaced: it comes to the second, and from
     there to the third. It would be served by the second until that ends, and be cut off."""
     args = one_worker(server, address, keep_alive=60)
-    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
-    first = start(place, args, *UP, **window)
+    first = start(place, args, *UP, **WINDOW)
     with Connection(address) as busy:
         busy.begin_upload()
-        second = start(place, args, TOOK_OVER, **window)
+        second = start(place, args, TOOK_OVER, **WINDOW)
         first.wait_for(STOPPED)
-        third = start(place, args, TOOK_OVER, **window)
+        third = start(place, args, TOOK_OVER, **WINDOW)
         second.wait_for(STOPPED)
         busy.send(b"hello")
         answer = busy.answer()
@@ -425,22 +422,11 @@ async def _same_turn(server: DrainingServer, port: int, successor: Successor) ->
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_drain_waits_for_what_is_arriving(meet: Path, loop: str) -> None:
     """It was acknowledged, so the older instance has let it go; nobody else would answer it."""
-    config = uvicorn.Config("demo_app.app:app", port=0, loop=loop, lifespan="off", log_config=None)
-    factory = config.get_loop_factory()
-    assert factory is not None
-    running = factory()
-    try:
-        running.run_until_complete(asyncio.wait_for(_arriving(config, meet), DEADLINE))
-    finally:
-        running.close()
+    run_here(loop, meet, _arriving)
 
 
-async def _arriving(config: uvicorn.Config, meet: Path) -> None:
-    server = DrainingServer(config)
-    config.load()
-    server.lifespan = config.lifespan_class(config)
-    await server.startup()
-    path = connections.path_of(Successor(meet, os.getpid()), os.getpid())
+async def _arriving(server: DrainingServer, _port: int, place: Successor) -> None:
+    path = connections.path_of(place, os.getpid())
     server.take_in(path)
     await server.pause()
     client, ours = socket.socketpair()
@@ -464,4 +450,3 @@ async def _arriving(config: uvicorn.Config, meet: Path) -> None:
         ours.close()
         assert await server.drain(DEADLINE)
         assert client.recv(4096).startswith(b"HTTP/1.1 200")
-    await server.shutdown()

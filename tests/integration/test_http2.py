@@ -11,10 +11,8 @@ import pytest
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
 from tests.integration import certificates
 from tests.integration.http2 import NO_MORE, Http2
-from tests.integration.instances import QUICK, STOPPED
+from tests.integration.instances import ONE_OR_MORE, QUICK, STOPPED
 from tests.integration.raw import ask
-
-SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 
 
 def start(place: Deploys, args: list[str], *texts: str, **env: str) -> Instance:
@@ -39,7 +37,7 @@ def tls(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[list[str], ssl.
     return ["--ssl-keyfile", str(key), "--ssl-certfile", str(chain)], context
 
 
-@SERVERS
+@ONE_OR_MORE
 def test_a_drain_says_goaway_and_loses_no_stream(
     place: Deploys, address: str, server: str, tls: tuple[list[str], ssl.SSLContext | None]
 ) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
+from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance
 from demo_app.load import LoadProcess, Mix
+from tests.integration.instances import demo
 from tests.integration.raw import ask
 from tests.processes import eventually, open_descriptors
 
@@ -76,9 +77,7 @@ def pass_time(seconds: float) -> None:
 def test_the_child_is_killed_at_twenty_moments(place: Deploys, address: str, server: str) -> None:
     """Only what it held is lost, at most one request for each connection; nobody is refused and
     nobody waits in vain. Then one instance serves, the old one, and the next child takes over."""
-    args = command(server, address)
-    if server.startswith("gunicorn"):
-        args.append("--no-control-socket")  # whose place all of them share
+    args = demo(server, address)
     first = place.start(args, **ENV)
     first.wait_for(*UP)
     with LoadProcess(address, CLIENTS, pause=0.002) as load:

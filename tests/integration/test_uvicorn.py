@@ -20,6 +20,8 @@ from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command, free_por
 from demo_app.load import LoadProcess, Mix
 from tests.integration import certificates
 from tests.integration.instances import (
+    NO_HANDOVER,
+    ONE_OR_MORE,
     QUICK,
     STOPPED,
     answers_once_more,
@@ -28,10 +30,6 @@ from tests.integration.instances import (
     up,
 )
 from tests.integration.raw import Connection, ask, request
-
-ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
-NO_HANDOVER = "--no-connection-handover"
-
 
 # -- no client notices -----------------------------------------------------------------------------
 

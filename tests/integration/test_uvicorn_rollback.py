@@ -10,16 +10,16 @@ import pytest
 
 from demo_app.deploys import TOOK_OVER, Deploys, command
 from tests.integration.instances import (
+    NO_HANDOVER,
+    ONE_OR_MORE,
     QUICK,
-    STOPPED,
+    WINDOW,
     successor,
+    takes_over,
     up,
 )
 from tests.integration.raw import Connection, ask, request
 from tests.processes import eventually
-
-ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
-NO_HANDOVER = "--no-connection-handover"
 
 
 @ONE_OR_MORE
@@ -28,12 +28,9 @@ def test_the_parent_serves_again_if_its_successor_dies_in_the_window(
 ) -> None:
     """With the processes that it has; what waited in the queue is served; the next one is fine."""
     args = command(server, address)
-    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
-    parent = up(place, args, **window)
+    parent = up(place, args, **WINDOW)
     before = ask(address).pid
-    child = place.start(args, **window)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     child.signal(signal.SIGKILL)
     parent.wait_for("this instance serves again")
     child.wait()
@@ -76,12 +73,11 @@ def test_a_rollback_does_not_wait_for_a_worker_that_is_held_up(
 ) -> None:
     """The others accept again at once; what it was told meanwhile, it need not hear."""
     args = held_up(address, tmp_path)
-    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
-    old = up(place, args, **window)
+    old = up(place, args, **WINDOW)
     with Connection(address) as holding:
         holding.send(request("/hold"))
         old.wait_for("held up")
-        new = place.start(args, **window)
+        new = place.start(args, **WINDOW)
         new.wait_for(TOOK_OVER)
         os.killpg(new.pid, signal.SIGKILL)
         old.wait_for("Accepting again")
@@ -126,12 +122,9 @@ def test_after_a_rollback_there_are_as_many_workers_as_are_left(
 ) -> None:
     """One started in the place of one that has ended would run the code that has just failed."""
     args = command("uvicorn4", address)
-    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
-    old = up(place, args, **window)
+    old = up(place, args, **WINDOW)
     ended = ask(address).pid
-    new = place.start(args, **window)
-    new.wait_for(TOOK_OVER)
-    old.wait_for(STOPPED)
+    new = takes_over(place, old, args)
     os.kill(ended, signal.SIGKILL)
     os.killpg(new.pid, signal.SIGKILL)
     old.wait_for("3 of 4 workers are left")
@@ -183,12 +176,9 @@ def test_a_header_of_the_users_own_survives_a_rollback(
 ) -> None:
     """Be it the same as that of a drain."""
     args = command(server, address, "--header", "Connection:close", NO_HANDOVER)
-    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
-    parent = up(place, args, **window)
+    parent = up(place, args, **WINDOW)
     assert ask(address).closes
-    child = place.start(args, **window)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    child = takes_over(place, parent, args)
     os.killpg(child.pid, signal.SIGKILL)
     parent.wait_for("Accepting again")
     answer = ask(address)
@@ -202,13 +192,10 @@ def test_a_limit_of_requests_ends_none_that_may_have_to_serve_again(
     """--limit-max-requests, reached by the last answer of a replaced instance: that serves again,
     and ends by the requests that come then."""
     args = command(server, address, "--limit-max-requests", "1")
-    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
-    parent = up(place, args, **window)
+    parent = up(place, args, **WINDOW)
     with Connection(address) as busy:
         busy.begin_upload()
-        child = place.start(args, **window)
-        child.wait_for(TOOK_OVER)
-        parent.wait_for(STOPPED)
+        child = takes_over(place, parent, args)
         busy.send(b"hello")
         assert parent.owns(busy.answer().pid)
         record = place.directory / "meet" / f"handover-{child.pid}.json"
@@ -225,11 +212,8 @@ def test_a_successor_that_is_stopped_on_purpose_is_not_rolled_back(
 ) -> None:
     """Stopping the service within the rollback window stops the service."""
     args = command("uvicorn", address)
-    window = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
-    parent = up(place, args, **window)
-    child = place.start(args, **window)
-    child.wait_for(TOOK_OVER)
-    parent.wait_for(STOPPED)
+    parent = up(place, args, **WINDOW)
+    child = takes_over(place, parent, args)
     child.stop()
     assert parent.wait() == 0
     with pytest.raises(ConnectionRefusedError):

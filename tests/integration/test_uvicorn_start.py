@@ -12,14 +12,9 @@ import pytest
 
 from demo_app.deploys import TOOK_OVER, Deploys, command, free_port
 from demo_app.load import LoadProcess, Mix
-from tests.integration.instances import (
-    QUICK,
-    successor,
-    up,
-)
+from tests.integration.instances import ONE_OR_MORE, QUICK, successor, up
 from tests.integration.raw import ask
 
-ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn asgi"])
 
 

@@ -329,6 +329,7 @@ class Conductor:
         if self.replaced or self.rolled_back:
             # The supervisor was about to start it when this instance was replaced. It has not come
             # to its listeners yet, and its code is that on disk: the new one.
+            logger.info("Worker [%s] was started behind the takeover: killing it", process.pid)
             process.process.kill()
         self._said[process] = set()
         self._loop.add_reader(process.link.fileno(), self._hear, process)

@@ -101,20 +101,45 @@ def test_a_worker_that_is_held_up_ends_at_the_drain_timeout(
             holding.answer()
 
 
-def test_no_worker_is_started_once_replaced(place: Deploys, address: str) -> None:
-    """Not even where uvicorn was waiting for a worker that hangs: it would run the new code, and
-    accept beside the new instance."""
-    args = command("uvicorn4", address, "--timeout-worker-healthcheck", "10")
-    old = up(place, args, HOTRESTART_ROLLBACK_WINDOW="15")
-    hangs = ask(address).pid
-    new = place.start(args, **QUICK)
-    old.wait_for("asks for this instance's listeners")
-    os.kill(hangs, signal.SIGSTOP)
-    new.wait_for(TOOK_OVER)
-    assert old.wait() == 0
-    log = old.log.partition("has taken over")[2]
-    assert f"Child process [{hangs}] died" in log
-    assert "Started server process" not in log
+BAD_PONG = """
+import asyncio, os, pathlib, time
+from uvicorn.supervisors.multiprocess import Process
+
+def pong(self):
+    self.child_conn.recv()
+    print("pinged", flush=True)
+    while pathlib.Path(__file__).with_name("hold").exists():
+        time.sleep(0.01)
+    self.child_conn.send_bytes(b"no answer")
+
+async def app(scope, receive, send):
+    if scope["path"] == "/bad":
+        Process.pong = pong
+    by = (b"x-served-by", str(os.getpid()).encode())
+    await send({"type": "http.response.start", "status": 200, "headers": [by]})
+    await send({"type": "http.response.body", "body": b""})
+"""
+
+
+@pytest.mark.once
+def test_no_worker_is_started_once_replaced(place: Deploys, address: str, tmp_path: Path) -> None:
+    """Not even where uvicorn was waiting for a worker that does not answer it: its successor would
+    run the new code, and accept beside the new instance."""
+    (tmp_path / "bad_pong.py").write_text(BAD_PONG)
+    hold = tmp_path / "hold"
+    hold.touch()
+    more = ["--app-dir", str(tmp_path), "--lifespan", "off", "--timeout-worker-healthcheck", "60"]
+    args = command("uvicorn4", address, *more)
+    args[args.index("app:app")] = "bad_pong:app"
+    old = up(place, args, **WINDOW)
+    bad = ask(address, "/bad").pid
+    old.wait_for("pinged")
+    takes_over(place, old, args)
+    hold.unlink()
+    old.wait_for(f"Child process [{bad}] died")
+    old.wait_for("was started behind the takeover: killing it")
+    old.stop()
+    assert old.log.count("Started server process") == 4
 
 
 def test_after_a_rollback_there_are_as_many_workers_as_are_left(

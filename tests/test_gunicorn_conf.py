@@ -20,6 +20,7 @@ from hotrestart_plugins.settings import OPTIONS
 OURS = (
     "nworkers_changed",
     "on_starting",
+    "pre_fork",
     "post_fork",
     "post_worker_init",
     "worker_exit",

@@ -1,8 +1,8 @@
 """gunicorn's master: how it takes over, and what becomes of it if it cannot.
 
-gunicorn calls, in this order: `configured` (also on HUP, TTIN, TTOU), `starting`, in each worker
-`forked`, `initialised` and `worker_exiting`, at the end `exiting`. In between, everything that
-happens to the master comes through its signal queue to `Instance.wake`.
+gunicorn calls, in this order: `configured` (also on HUP, TTIN, TTOU), `starting`, for each worker
+`forking` and in it `forked`, `initialised` and `worker_exiting`, at the end `exiting`. In between,
+everything that happens to the master comes through its signal queue to `Instance.wake`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ def starting(server: Any) -> None:
     """Before gunicorn opens its listeners; exits if this instance cannot have them."""
     if _instance is not None:
         _instance.start(server)
+
+
+def forking() -> None:
+    """Last before the master forks a worker, which would lose a signal that comes at once."""
+    if _instance is not None:
+        workers.hold_stops()
 
 
 def forked(worker: Any) -> None:
@@ -230,8 +236,20 @@ class Instance:
         self._wakeups.watch(self._channel.fileno())
         self._wakeups.within(max(0.0, self.settings.ready_timeout - spent), "ready")
         self._take_the_handlers()
+        self._let_stops_in_behind_forks()
         if hot.role is Role.CHILD:
             self._spawn_at_once()
+
+    def _let_stops_in_behind_forks(self) -> None:
+        """`forking` has held them; a worker lets them in when it has its own handlers."""
+        server = self.server
+        spawn = server.spawn_worker
+
+        def spawn_worker() -> int:
+            with workers.mask_restored():
+                return int(spawn())
+
+        server.spawn_worker = spawn_worker
 
     def _spawn_at_once(self) -> None:
         """Start the first ones without the pause of up to 0.1 s that gunicorn makes behind each."""

@@ -138,6 +138,14 @@ def _on_starting(users: Hook, _: object) -> Hook:
     return on_starting
 
 
+def _pre_fork(users: Hook, _: object) -> Hook:
+    def pre_fork(server: Any, worker: Any) -> None:
+        users(server, worker)
+        arbiter.forking()
+
+    return pre_fork
+
+
 def _post_fork(users: Hook, _: object) -> Hook:
     def post_fork(server: Any, worker: Any) -> None:
         arbiter.forked(worker)
@@ -178,6 +186,7 @@ def _on_exit(users: Hook, _: object) -> Hook:
 _HOOKS: dict[str, Callable[[Hook, Callable[[], Settings]], Hook]] = {
     "nworkers_changed": _nworkers_changed,
     "on_starting": _on_starting,
+    "pre_fork": _pre_fork,
     "post_fork": _post_fork,
     "post_worker_init": _post_worker_init,
     "worker_exit": _worker_exit,

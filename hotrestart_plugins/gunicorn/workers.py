@@ -6,12 +6,14 @@ do not use. How to stop accepting is each worker class's own affair: a `Gate` fo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -101,6 +103,7 @@ class WorkerSide:
         self._graceful = worker.cfg.graceful_timeout
         self._drain_ends = 0.0
         self._handlers: dict[int, Any] = {}
+        self._told_to_end = False
 
     def forked(self) -> None:
         """First of all in the new process: keep only what is a worker's."""
@@ -113,22 +116,29 @@ class WorkerSide:
         """When told to stop: nothing has been accepted yet.
 
         gunicorn loses such a signal before it has set its own handlers, and looks for it then only
-        when the app is loaded, which may never be.
+        when the app is loaded, which may never be. What came since the fork comes now.
         """
         init_signals = self._worker.init_signals
 
         def init_and_end() -> None:
-            init_signals()
-            self._handlers = {number: signal.signal(number, _end) for number in _STOPS}
+            with mask_restored():
+                hold_stops()
+                init_signals()
+                self._handlers = {number: signal.signal(number, self._end) for number in _STOPS}
 
         self._worker.init_signals = init_and_end
         for number in _STOPS:
-            signal.signal(number, _end)
+            signal.signal(number, self._end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+    def _end(self, _number: int, _frame: FrameType | None) -> NoReturn:
+        self._told_to_end = True
+        sys.exit(0)
 
     def _take_signals_back(self) -> None:
         """The handlers are gunicorn's again, but for those that the app has set meanwhile."""
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) is not _end:
+            if signal.getsignal(number) != self._end:
                 continue
             signal.signal(number, handler)
             if number == signal.SIGTERM:  # as gunicorn has it: no call of the app's is interrupted
@@ -140,6 +150,10 @@ class WorkerSide:
         Exits if the app fails the probe, where that can be asked without a loop.
         """
         self._take_signals_back()
+        if self._told_to_end:
+            # Where the signal came, in a weak reference's callback or in the app's own bare except,
+            # the SystemExit was lost.
+            sys.exit(0)
         kind = kind_of(type(self._worker))
         probe = Probe.of(self.settings, "localhost")
         if probe is not None and kind not in _WITH_A_LOOP:
@@ -234,8 +248,19 @@ class WorkerSide:
             self._channel.report(Report.ENDS, self._gate.tally())
 
 
-def _end(_number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(0)
+@contextlib.contextmanager
+def mask_restored() -> Iterator[None]:
+    """Which signals are held is behind this what it was before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hold_stops() -> None:
+    """The kernel keeps the signals that stop a worker until they may come again."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
 
 def _gate(kind: str, worker: Any, side: WorkerSide) -> Gate | None:

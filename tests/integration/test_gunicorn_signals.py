@@ -16,6 +16,7 @@ import pytest
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance
 from demo_app.load import LoadProcess, Mix
 from tests.integration.gunicorns import (
+    INSTALL,
     QUICK,
     Daemons,
     children_of,
@@ -193,10 +194,80 @@ def test_the_new_master_is_stopped_while_it_boots(
     send(new, name)
     gate.open()
     new.wait()
+    assert new.log.count("Worker exiting") == 2  # by themselves: not killed at the end of the grace
     assert f"pid {old.pid}) serves on" in only_line(new.log, "Hot restart failed")
     assert old.owns(ask(f"unix:{path}").pid)
     assert int(pid_file.read_text()) == old.pid
     successor(place, old, args)
+
+
+ONCE = """
+import os, signal
+def once():
+    try:
+        os.close(os.open({mark!r}, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+BEHIND_THE_FORK = """
+from gunicorn.glogging import Logger
+class logger_class(Logger):
+    def info(self, message, *args, **more):
+        super().info(message, *args, **more)
+        if message.startswith("Booting"):
+            once()
+"""
+IN_AN_EXCEPT = """
+try:
+    once()
+except BaseException:
+    pass
+from wsgi import app
+"""
+
+
+@pytest.mark.parametrize("worker", ["sync", "gthread", "gevent", "asgi"])
+@pytest.mark.parametrize("moment", ["behind the fork", "in a bare except"])
+def test_a_worker_that_is_told_to_end_before_it_serves_ends(
+    place: Deploys, address: str, tmp_path: Path, worker: str, moment: str
+) -> None:
+    """gunicorn has no handler yet, or the app has swallowed what ended it: another one serves."""
+    once = ONCE.format(mark=str(tmp_path / "mark"))
+    args = gunicorn(worker, address, "-w", "1", "--pythonpath", str(tmp_path))
+    if moment == "behind the fork":
+        config = tmp_path / "conf.py"
+        config.write_text(INSTALL + once + BEHIND_THE_FORK)
+        args[args.index("-c") + 1] = str(config)
+    else:
+        app = next(arg for arg in args if arg.endswith(":app"))
+        swallows = IN_AN_EXCEPT.replace("wsgi", app.removesuffix(":app"))
+        (tmp_path / "swallows.py").write_text(once + swallows)
+        args[args.index(app)] = "swallows:app"
+    instance = up(place, args)
+    (serves,) = children_of(instance.pid)
+    booted = [line.split()[-1] for line in instance.log.splitlines() if BOOTING in line]
+    assert len(booted) == 2
+    assert f"Worker exiting (pid: {booted[0]})" in instance.log
+    assert ask(address).pid == serves == int(booted[1])
+
+
+def test_workers_of_a_config_that_no_longer_installs_us_can_be_stopped(
+    place: Deploys, address: str, tmp_path: Path
+) -> None:
+    """HUP has read it: nobody of ours is in the worker to let the signals in."""
+    config = tmp_path / "conf.py"
+    config.write_text(INSTALL)
+    args = gunicorn("sync", address, "-w", "1")
+    args[args.index("-c") + 1] = str(config)
+    instance = up(place, args)
+    config.write_text("")
+    send(instance, "HUP")
+    instance.wait_for(BOOTING, count=2)
+    eventually(lambda: instance.log.count("Worker exiting") == 1, "the first worker ends")
+    assert ask(address).status == 200
+    assert instance.stop() == 0
+    assert instance.log.count("Worker exiting") == 2
 
 
 OWN_HANDLER = """

@@ -29,6 +29,11 @@ class Intake:
         """How many have come, and are no connections yet."""
         return len(self._tasks)
 
+    async def settled(self) -> None:
+        """Wait until all that have come are connections: a few turns of the loop."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
     def take_in(self, arrivals: Sequence[Arrival]) -> None:
         """Owns them from here on."""
         for one in arrivals:

@@ -59,6 +59,7 @@ class AsgiGate(LoopGate):
         self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
         self._mover: Mover | None = None
         self._receiver: Receiver | None = None
+        self._intake: Intake | None = None
         self._duplicates: list[socket.socket] = []
         self._paused = False
         self._leaving: asyncio.Task[None] | None = None
@@ -114,13 +115,13 @@ class AsgiGate(LoopGate):
         self._duplicate()
         if self._side.inlet is not None and self._movable:
             loop = self._worker.loop
-            intake = Intake(
+            self._intake = Intake(
                 loop,
                 lambda: gasgi.ASGIProtocol(self._worker),
                 self._arrived,
             )
             self._receiver = Receiver.open(
-                self._side.inlet, intake.take_in, loop=loop, logger=self._worker.log
+                self._side.inlet, self._intake.take_in, loop=loop, logger=self._worker.log
             )
 
     def _duplicate(self) -> None:
@@ -282,6 +283,8 @@ class AsgiGate(LoopGate):
         self._close_receiver()
         for one in self._duplicates:
             one.close()
+        if self._intake is not None:  # gunicorn waits for connections, which these have yet to be
+            await self._intake.settled()
         await self._shut_down()
 
     def _close_receiver(self) -> None:

@@ -22,7 +22,7 @@ from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins import connections, moving
 from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.draining import DrainingServer
-from tests.integration.instances import QUICK, STOPPED, WINDOW, demo
+from tests.integration.instances import QUICK, STOPPED, WINDOW, demo, takes_over, up
 from tests.integration.raw import Connection, ask, request
 
 LONG = ("--timeout-keep-alive", "60")
@@ -450,3 +450,42 @@ async def _arriving(server: DrainingServer, _port: int, place: Successor) -> Non
         ours.close()
         assert await server.drain(DEADLINE)
         assert client.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("server", ["uvicorn", "gunicorn asgi", "gunicorn uvicorn"])
+def test_what_comes_with_the_signal_to_end_is_answered(
+    place: Deploys, address: str, server: str
+) -> None:
+    """If it was acknowledged; else it is still with the older instance."""
+    args = demo(server, address, *(("-w", "1") if server.startswith("gunicorn") else ()))
+    new = takes_over(place, up(place, args, **WINDOW), args)
+    worker = ask(address).pid
+    path = connections.path_of(Successor(place.directory / "meet", new.pid), worker)
+    with contextlib.ExitStack() as stack:
+        channel = stack.enter_context(connections.connect(path))
+        channel.settimeout(DEADLINE)
+        clients = []
+
+        def move(number: int) -> None:
+            client, theirs = socket.socketpair()
+            clients.append(stack.enter_context(client))
+            with theirs:
+                client.settimeout(DEADLINE)
+                client.sendall(request())
+                connections.send(channel, number, [(theirs.fileno(), connections.Kind.UNREAD)])
+
+        move(1)
+        assert connections.acknowledged(channel) == 1
+        assert clients[0].recv(65536).startswith(b"HTTP/1.1 200")
+        os.kill(worker, signal.SIGSTOP)
+        for number in range(2, 10):
+            move(number)
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGCONT)
+        taken = 1
+        with contextlib.suppress(ConnectionResetError):
+            while connections.acknowledged(channel) is not None:
+                taken += 1
+        for client in clients[1:taken]:
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")

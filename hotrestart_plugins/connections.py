@@ -1,7 +1,7 @@
 """Established connections, from one process to another: the channel, and its rules.
 
 A channel of its own, which a Volo peer never sees: a SOCK_SEQPACKET listener of each process of the
-new instance in the meeting directory, ``connections.CHILD.PROCESS``. A batch is one message: its
+new instance in the meeting directory, ``moved.BIRTH.PID``. A batch is one message: its
 number and a byte for each connection, the descriptors beside it. The answer is its number, or
 nothing::
 
@@ -33,6 +33,9 @@ from hotrestart_plugins.transport import close_all
 MOST = 253
 """Descriptors that fit in one message: SCM_MAX_FD, unix(7)."""
 
+_PREFIX = "moved."
+"""Short: where the parent socket's path fits in 107 bytes, those of the listeners have to, too."""
+
 _NUMBER = struct.Struct("=I")
 _FD_SIZE = 4
 _BACKLOG = 64
@@ -55,8 +58,8 @@ class Successor(NamedTuple):
 
     directory: Path
     """The meeting directory."""
-    pid: int
-    """The child's."""
+    birth: int
+    """The child's, see `MeetingPlace.child_birth`."""
 
 
 class Arrival(NamedTuple):
@@ -68,13 +71,13 @@ class Arrival(NamedTuple):
 
 def path_of(successor: Successor, process_pid: int) -> Path:
     """Where a process of the new instance listens for connections."""
-    return successor.directory / f"connections.{successor.pid}.{process_pid}"
+    return successor.directory / f"{_PREFIX}{successor.birth:x}.{process_pid}"
 
 
 def receivers(successor: Successor) -> list[Path]:
     """Where the processes of the new instance listen; none, if this one may not look."""
     try:
-        return sorted(successor.directory.glob(f"connections.{successor.pid}.*"))
+        return sorted(successor.directory.glob(f"{_PREFIX}{successor.birth:x}.*"))
     except PermissionError:  # up to Python 3.12; later ones find nothing
         return []
 
@@ -85,7 +88,7 @@ def listen(path: Path) -> socket.socket:
     What killed processes of other instances have left in the directory goes.
     """
     path.unlink(missing_ok=True)
-    for left in path.parent.glob("connections.*.*"):
+    for left in path.parent.glob(f"{_PREFIX}*.*"):
         if left.stem == path.stem:
             continue  # of this instance: bound, it may be, and not listening yet
         with contextlib.suppress(OSError), _socket() as probe:

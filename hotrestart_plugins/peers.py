@@ -50,12 +50,14 @@ class Logger(Protocol):
 class Child:
     """The process that asks this one for its listeners. Owns a pidfd of it, if there is one."""
 
-    def __init__(self, pid: int, succeeded: Callable[[], bool]) -> None:
+    def __init__(self, pid: int, birth: int, succeeded: Callable[[], bool]) -> None:
         """`pid`: 0 for a process of another pid namespace, of which there is no pidfd.
 
-        `succeeded`: for such a one, see `MeetingPlace.succeeded`.
+        `birth`: see `MeetingPlace.child_birth`. `succeeded`: for a pid of 0, see
+        `MeetingPlace.succeeded`.
         """
         self.pid = pid
+        self.birth = birth
         self.given: set[str] = set()
         """The addresses whose listeners it was given."""
         self._pidfd = -1

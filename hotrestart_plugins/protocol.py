@@ -107,6 +107,8 @@ class HotRestart:
         self.takeover_timeout = takeover_timeout
         self.parent_pid = 0
         """The pid of the instance taken over from, once it has answered; 0 if there is none."""
+        self.birth = 0
+        """What names this instance as a child, see `MeetingPlace.child_birth`; 0 if it is none."""
         self._moment = moment
         self._log: Logger = logger or logging.getLogger("hotrestart")
         self._place: MeetingPlace | None = None
@@ -149,6 +151,7 @@ class HotRestart:
         _alive.add(self)
         if found:
             self._inquiry = inquiry
+            self.birth = place.child_birth()
             self.role = Role.CHILD
             self._log.debug("An instance serves in %s: taking over from it", place.directory)
         else:
@@ -463,8 +466,9 @@ class HotRestart:
     def _respond(self, name: str, pid: int) -> None:
         if self.role is not Role.PARENT:
             raise WrongPeer(f"a request for {name} after this instance was replaced")
-        if self.child is None or self.child.pid != pid:
-            child = Child(pid, _open(self._place).succeeded)
+        birth = _open(self._place).child_birth()
+        if self.child is None or (self.child.pid, self.child.birth) != (pid, birth):
+            child = Child(pid, birth, _open(self._place).succeeded)
             if not child.alive:
                 # The answer would reach whoever asks from that name now.
                 child.close()
@@ -476,8 +480,7 @@ class HotRestart:
             self._log.info("pid %s asks for this instance's listeners", pid)
             if not pid:
                 self._log.warning(
-                    "pid 0 is in another pid namespace: its end is noticed late, and connections "
-                    "are not handed over; let both share one"
+                    "pid 0 is in another pid namespace: its end is noticed late; let both share one"
                 )
         elif not self.child.alive:
             raise WrongPeer(f"its request for {name} comes from a process that has ended")

@@ -262,6 +262,17 @@ class MeetingPlace:
             endpoint.close()
             raise
 
+    def child_birth(self) -> int:
+        """When the socket at the child's name was made, in microseconds since the epoch; 0: none.
+
+        Both sides can look, so it names a child, also where its pid is not seen. It is bound anew
+        for each takeover, and stays until the end of that.
+        """
+        try:
+            return os.lstat(self.child_path).st_mtime_ns // 1000
+        except OSError:
+            return 0
+
     def _is_held(self, path: str) -> bool:
         probe = Endpoint()
         try:

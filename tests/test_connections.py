@@ -17,6 +17,7 @@ from hotrestart_plugins import connections
 from hotrestart_plugins.connections import MOST, Kind, Successor
 from hotrestart_plugins.errors import MessageError
 from hotrestart_plugins.moving import Receiver
+from hotrestart_plugins.rendezvous import PARENT_SOCKET
 from tests.processes import DEADLINE
 
 LOG = logging.getLogger(__name__)
@@ -109,13 +110,19 @@ def test_a_descriptor_that_is_no_socket_is_closed(channel: Channel) -> None:
     assert connections.receive(theirs) == (1, [])
 
 
+def test_its_path_fits_where_that_of_the_parent_socket_does() -> None:
+    """With the largest pid, 2^22, and a time of the year 2100."""
+    path = connections.path_of(Successor(Path("/"), 4102444800_000000), 1 << 22)
+    assert len(path.name) <= len(PARENT_SOCKET)
+
+
 def test_what_the_killed_have_left_goes(meet: Path) -> None:
     """A path that nobody listens at, of another instance; a live one stays, and its own."""
-    live, dead, own = (meet / f"connections.{name}" for name in ("1.2", "1.3", "9.8"))
+    live, dead, own = (meet / f"moved.{name}" for name in ("1.2", "1.3", "9.8"))
     with connections.listen(live) as listening:
         connections.listen(dead).close()
         own.touch()
-        connections.listen(meet / "connections.9.9").close()
+        connections.listen(meet / "moved.9.9").close()
         assert (live.exists(), dead.exists(), own.exists()) == (True, False, True)
         channel, _ = listening.accept()  # it was asked whether it lives
         with channel:
@@ -124,7 +131,7 @@ def test_what_the_killed_have_left_goes(meet: Path) -> None:
 
 def test_no_room_for_a_channel(meet: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is taken up when there is: the listener, which stays readable, is left alone meanwhile."""
-    asyncio.run(_no_room(meet / "connections.1.1", caplog))
+    asyncio.run(_no_room(meet / "moved.1.1", caplog))
 
 
 async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from gunicorn.errors import HaltServer
 
 from hotrestart_plugins import address as addresses
+from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
 from hotrestart_plugins.gunicorn import dirty, workers
 from hotrestart_plugins.gunicorn.channel import Channel, Report
@@ -432,13 +433,14 @@ class Instance:
     def forked(self, worker: Any) -> None:
         """Only what a worker may have stays open."""
         atexit.unregister(self._left_behind)
-        if self._channel is not None:
+        if self._channel is not None and self._hot is not None:
+            taking_over = self._succession is None and self._hot.birth
             self.worker = workers.WorkerSide(
                 worker,
                 self._channel,
                 self.settings,
                 self._directory,
-                takes_in=self._succession is None and self._record is not None,
+                takes_in=Successor(self._directory, self._hot.birth) if taking_over else None,
             )
             self.worker.forked()
 

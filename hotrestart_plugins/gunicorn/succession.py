@@ -154,7 +154,7 @@ class Succession:
             self._record = Record(self._directory, child.pid, "parent", self._log)
             self._record.note(given=sorted(child.given))
             if not self.settings.no_handover:
-                successor = child.pid
+                successor = child.birth
         self._channel.order(paused=True, successor=successor)
         self._awaited = set(self._ready)
         self._signal(self._ready)

@@ -87,9 +87,15 @@ class WorkerSide:
     """This worker process, as seen from the arbiter."""
 
     def __init__(
-        self, worker: Any, channel: Channel, settings: Settings, directory: Path, *, takes_in: bool
+        self,
+        worker: Any,
+        channel: Channel,
+        settings: Settings,
+        directory: Path,
+        *,
+        takes_in: Successor | None,
     ) -> None:
-        """`directory`: the meeting directory. `takes_in`: its instance is taking over."""
+        """`directory`: the meeting directory. `takes_in`: its instance, if that takes over."""
         self.settings = settings
         self._worker = worker
         self._channel = channel
@@ -228,15 +234,15 @@ class WorkerSide:
     @property
     def inlet(self) -> Path | None:
         """Where this worker is to take in the connections of the old instance's; None: nowhere."""
-        if not (self._takes_in and self._moves):
+        if self._takes_in is None or not self._moves:
             return None
-        return path_of(Successor(self._directory, self._worker.ppid), os.getpid())
+        return path_of(self._takes_in, os.getpid())
 
     @property
     def successor(self) -> Successor | None:
         """Whose workers take in this one's connections; None: nobody's."""
-        pid = self._channel.successor
-        return Successor(self._directory, pid) if pid and self._moves else None
+        birth = self._channel.successor
+        return Successor(self._directory, birth) if birth and self._moves else None
 
     def exiting(self) -> None:
         """This worker ends."""

@@ -147,7 +147,7 @@ class Succession:
         child = self._hot.child
         successor = None
         if child is not None and not self._settings.no_handover:
-            successor = Successor(self._directory, child.pid)
+            successor = Successor(self._directory, child.birth)
         given = sorted(child.given) if child is not None else []
         await self._serving.pause(successor)
         drain = asyncio.ensure_future(

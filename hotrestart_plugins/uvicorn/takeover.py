@@ -134,9 +134,9 @@ class Takeover:
     @property
     def successor(self) -> Successor | None:
         """What this instance is to its parent, where it takes connections in; else None."""
-        if not self.is_child or self.settings.no_handover:
+        if self.hot is None or not self.is_child or self.settings.no_handover:
             return None
-        return Successor(self.directory, os.getpid())
+        return Successor(self.directory, self.hot.birth)
 
     @property
     def parent_pid(self) -> int:

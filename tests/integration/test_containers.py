@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -60,3 +61,23 @@ def test_of_two_that_stand_by_the_later_one_serves(
     last = place.start(args, **QUICK)
     last.wait_for(TOOK_OVER)
     assert "Accepting again" not in first.log
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn gthread", "gunicorn asgi"])
+def test_connections_move(place: Deploys, address: str, server: str) -> None:
+    """From pid 1 to pid 1: a child is not known by its pid."""
+    timeout = "--keep-alive" if server.startswith("gunicorn") else "--timeout-keep-alive"
+    args = [*contained(server, address), timeout, "60"]
+    current = place.start(args, DEMO_VERSION="0", **QUICK)
+    current.wait_for(*UP)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Connection(address)) for _ in range(8)]
+        for version in ("1", "2"):
+            for client in clients[::2]:
+                assert not client.get().closes
+            old, current = current, place.start(args, DEMO_VERSION=version, **QUICK)
+            current.wait_for(TOOK_OVER)
+            assert old.wait() == 0, old.log
+            for client in clients:
+                answer = client.get()
+                assert (json.loads(answer.body)["version"], answer.closes) == (version, False)

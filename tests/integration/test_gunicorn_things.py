@@ -365,7 +365,7 @@ def test_workers_that_are_recycled(
     missing = start(place, [*args[:-1], str(tmp_path / "none")], **QUICK)
     assert missing.wait() != 0
     assert f"pid {current.pid}) serves on" in only_line(missing.log, "Hot restart failed")
-    assert current.owns(ask(address).pid)
+    assert ask(address).pid in workers_of(current)  # with this answer it may have gone
 
 
 def test_a_worker_that_is_used_up_in_the_window_is_not_replaced(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STOPPED = instances.STOPPED
+STOPPED_OR_GONE = (STOPPED, "; leaving")
+"""Without a window, workers that take longer than a second to stop accepting are stopped."""
 WORKERS = ("sync", "gthread", "gevent", "asgi", "uvicorn")
 EACH_WORKER = pytest.mark.parametrize("worker", WORKERS)
 # Of uvicorn's earlier versions with later ones of websockets nobody needs to hear.

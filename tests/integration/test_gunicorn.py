@@ -20,6 +20,7 @@ from tests.integration.gunicorns import (
     INSTALL,
     QUICK,
     STOPPED,
+    STOPPED_OR_GONE,
     WINDOW,
     gunicorn,
     own_config,
@@ -50,7 +51,7 @@ def test_no_request_fails_in_takeovers_in_a_row(
             old, current = current, start(place, args, **QUICK)
             current.wait_for(TOOK_OVER)
             assert int(pid_file.read_text()) == current.pid
-            stopped.append((workers_of(old), old.wait_for(STOPPED)))
+            stopped.append((workers_of(old), old.wait_for(*STOPPED_OR_GONE)))
             assert old.wait() == 0, old.log
             assert int(pid_file.read_text()) == current.pid
             load.wait(answers=100)

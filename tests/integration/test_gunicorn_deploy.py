@@ -423,7 +423,7 @@ def test_who_ends_takes_nothing_in(place: Deploys, address: str, tmp_path: Path,
     more = ["-w", "1", "--keep-alive", "60", "--pythonpath", str(tmp_path)]
     args = gunicorn("asgi", address, *more)
     args[args.index("app:app")] = "slow_end:app"
-    old = up(place, args)
+    old = up(place, args, **WINDOW)
     with Connection(address) as busy:
         busy.begin_upload()
         limit = ["--max-requests", "1"] if why == "max_requests" else []

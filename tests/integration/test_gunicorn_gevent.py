@@ -19,6 +19,7 @@ from tests.integration.gunicorns import (
     INSTALL,
     QUICK,
     STOPPED,
+    STOPPED_OR_GONE,
     WINDOW,
     gunicorn,
     kill,
@@ -60,7 +61,7 @@ def test_no_request_fails_in_takeovers_in_a_row(place: Deploys, address: str, wo
         for _ in range(3):
             old, current = current, start(place, args, **env)
             current.wait_for(TOOK_OVER)
-            stopped.append((workers_of(old), old.wait_for(STOPPED)))
+            stopped.append((workers_of(old), old.wait_for(*STOPPED_OR_GONE)))
             assert old.wait() == 0, old.log
             load.wait(answers=100)
         report = load.stop()

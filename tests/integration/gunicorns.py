@@ -32,8 +32,12 @@ INSTALL = "from hotrestart_plugins.gunicorn import install\ninstall(globals())\n
 
 
 def gunicorn(worker: str, address: str, *more: str) -> list[str]:
-    """The demo's command line; without the control socket, whose place all of them share."""
-    return instances.demo(f"gunicorn {worker}", address, *more)
+    """The demo's command line; without the control socket, whose place all of them share.
+
+    gunicorn's own two seconds of keep-alive are over for a client that has to wait for the
+    processor.
+    """
+    return instances.demo(f"gunicorn {worker}", address, "--keep-alive", "60", *more)
 
 
 def own_config(worker: str, address: str, config: Path, *more: str) -> list[str]:

@@ -45,8 +45,8 @@ from {module} import app
 
 def serve(server: str, address: str, *more: str) -> list[str]:
     """The demo's command line."""
-    keep_alive = () if server.startswith("gunicorn") else ("--timeout-keep-alive", "60")
-    return demo(server, address, *keep_alive, *more)
+    keep_alive = "--keep-alive" if server.startswith("gunicorn") else "--timeout-keep-alive"
+    return demo(server, address, keep_alive, "60", *more)
 
 
 def binding(server: str, *addresses: str) -> list[str]:
@@ -208,6 +208,7 @@ def test_backlog_reset_on_sigterm(place: Deploys, address: str, tmp: Path, serve
         old.signal(signal.SIGTERM)
         os.killpg(old.pid, signal.SIGCONT)
         assert all(connection.answer().status == 200 for connection in queued)
+        stack.close()  # no idle client keeps the old one
         old.wait()
         assert new.owns(ask(address).pid)
 

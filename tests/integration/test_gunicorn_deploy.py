@@ -334,11 +334,11 @@ def test_connections_that_might_speak_http2_move(place: Deploys, address: str) -
     """In cleartext, beside HTTP/1: one that has spoken that keeps its time; one that has not said a
     word yet, and is not moved while gunicorn waits for the preface, is moved then."""
     cleartext = ["--http-protocols", "h2,h1", "--http2-cleartext", "both"]
-    args = gunicorn("asgi", address, "-w", "1", "--keep-alive", "4", *cleartext)
-    old = up(place, args)
+    args = gunicorn("asgi", address, "-w", "1", *cleartext, "--keep-alive")
+    old = up(place, [*args, "60"])  # which does not end before the takeover, as the new one's may
     with Connection(address) as idle, Connection(address) as unread:
         assert not idle.get().closes
-        new = successor(place, old, args)
+        new = successor(place, old, [*args, "2"])
         tally = record_of(place, new)["parent"]["tally"]
         assert (tally["moved"], tally["cut_requests"]) == (2, 0)
         assert new.owns(unread.get().pid)

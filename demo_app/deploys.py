@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import select
@@ -13,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,15 +45,24 @@ class DeployError(Exception):
     """An instance did not do what it should have."""
 
 
+def _own_ports() -> Iterator[int]:
+    """In any order; none comes again before all the others have."""
+    lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
+    ports = range(20000 + lane, 32768, 16)
+    return itertools.cycle(random.sample(ports, len(ports)))
+
+
+_ports = _own_ports()
+
+
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nobody listens on, nor any client may be given meanwhile.
 
     The kernel gives clients ports from 32768 on (ip_local_port_range, ip(7)). Test runs beside
-    each other (pytest-xdist's workers) choose from ports of their own.
+    each other (pytest-xdist's workers) choose from ports of their own. Two calls give two ports.
     """
-    lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
     while True:
-        port = random.randrange(20000 + lane, 32768, 16)
+        port = next(_ports)
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port

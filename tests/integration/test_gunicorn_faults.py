@@ -142,8 +142,12 @@ def test_a_worker_that_leaves_does_not_accept_again(
     place: Deploys, address: str, worker: str
 ) -> None:
     """One less by TTOU, still busy when a takeover is rolled back: it would cut off what came."""
-    args = gunicorn(worker, address, "-w", "2", "--graceful-timeout", "600", "--timeout", "600")
+    patient = ("--graceful-timeout", "600", "--timeout", "600", "--keep-alive", "60")
+    args = gunicorn(worker, address, "-w", "1", *patient)
     parent = up(place, args, **WINDOW)
+    # One behind the other: two that start at once write their lines in any order.
+    parent.signal(signal.SIGTTIN)
+    parent.wait_for("Booting worker with pid", count=2)
     with contextlib.ExitStack() as stack:
         busy: dict[int, Connection] = {}
         while len(busy) < 2:

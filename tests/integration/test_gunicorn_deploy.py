@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, Deploys, Instance, free_port
+from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, free_port
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins.address import parse
 from hotrestart_plugins.rendezvous import default_directory
@@ -59,7 +59,7 @@ def test_the_record_of_a_takeover(place: Deploys, address: str, worker: str) -> 
     with Connection(address) as busy:
         busy.begin_upload()
         new = start(place, args, **QUICK)
-        new.wait_for(TOOK_OVER)
+        new.wait_for(UP[1])  # it has written its part of the record
         if worker != "sync":  # one that waits for its client cannot say so
             old.wait_for(STOPPED)
         busy.send(b"hello")

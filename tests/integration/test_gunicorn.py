@@ -90,7 +90,7 @@ def test_what_is_open_is_answered_once_more(place: Deploys, address: str, worker
         unread, half, idle, busy = (stack.enter_context(Connection(address)) for _ in range(4))
         half.send(request()[:20])
         assert not idle.get().closes
-        busy.send(request("/slow?seconds=1.5"))
+        busy.begin_upload()
         # The last one's answer tells that the others, which came before it, are accepted.
         assert ask(address).status == 200
         new = start(place, args, **QUICK)
@@ -100,6 +100,7 @@ def test_what_is_open_is_answered_once_more(place: Deploys, address: str, worker
         half.send(request()[20:])
         idle.send(request())
         answers_once_more(old, (unread, half, idle))
+        busy.send(b"hello")
         finishes(old, busy)
         assert new.owns(ask(address).pid)
     old.signal(signal.SIGTERM)

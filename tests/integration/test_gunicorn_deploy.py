@@ -95,7 +95,7 @@ def test_what_the_drain_cuts_off_is_counted(place: Deploys, address: str, worker
         new = start(place, args, **QUICK)
         new.wait_for(TOOK_OVER)
         assert old.wait() == 0, old.log
-    assert "WARNING" in old.log.partition("The drain timeout is over: cutting off 1 requests")[0]
+    assert "[WARNING] The drain timeout is over: cutting off 1 requests" in old.log
     assert record_of(place, new)["parent"]["tally"]["cut_requests"] == 1
 
 

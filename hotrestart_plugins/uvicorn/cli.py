@@ -76,7 +76,8 @@ def _called(**parameters: Any) -> None:
                 )
             if places:
                 given["bind"] = ()  # whatever the environment has
-            # Here, since --env-file and --app-dir have had their say by now.
+            if options.get("env_file"):  # uvicorn's Config, which reads it, comes behind this
+                importlib.import_module("dotenv").load_dotenv(options["env_file"])
             settings = Settings.gather(given)
         except ConfigurationError as error:
             raise _Refused(str(error)) from None

@@ -266,9 +266,11 @@ def test_options_of_uvicorn_work(place: Deploys, address: str, tmp_path: Path) -
     old.wait_for(*UP)
     new = place.start([*args, *more])
     new.wait_for(TOOK_OVER)
-    assert old.wait() == 0  # at once: the window of the env file is 0
+    assert old.wait() == 0
     answer = ask(address)
     assert (answer.pid, answer.body) == (new.pid, b"/undertold")
+    (tmp_path / "env").write_text("HOTRESTART_ROLLBACK_WINDOW=soon\n")
+    assert place.start([*args, *more]).wait() == 78
 
 
 def test_every_option_of_uvicorns_command_is_there() -> None:

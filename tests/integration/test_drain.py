@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
+from demo_app.load import LoadProcess, Mix
 from tests.integration.instances import NO_HANDOVER, ONE_OR_MORE, demo
 from tests.integration.raw import Connection, ask, request
 
@@ -232,16 +233,17 @@ def test_a_probe_is_asked_before_the_takeover(
     args = command(server, address)
     old = up(place, args)
     env = {"HOTRESTART_ROLLBACK_WINDOW": "0", "PYTHONPATH": str(tmp_path)}
-    new = place.start([*args, "--probe", probe], **env)
-    if said:
-        assert new.wait() == 3, new.log
-        assert said in new.log
-        assert "Traceback" not in new.log
-        assert old.owns(ask(address).pid)
-        assert "GET / " not in new.log
-    else:
-        new.wait_for(TOOK_OVER)
-        assert old.wait() == 0
+    with LoadProcess(address, Mix(one_shot=4)) as load:
+        load.wait(answers=1)
+        new = place.start([*args, "--probe", probe], **env)
+        if said:
+            assert new.wait() == 3, new.log
+            assert said in new.log
+            assert "Traceback" not in new.log
+            assert all(old.owns(pid) for pid in load.stop().by_pid)
+        else:
+            new.wait_for(TOOK_OVER)
+            assert old.wait() == 0
 
 
 def test_the_record_of_a_takeover(place: Deploys, address: str) -> None:
@@ -249,6 +251,7 @@ def test_the_record_of_a_takeover(place: Deploys, address: str) -> None:
     args = command("uvicorn", address)
     old = up(place, args)
     new = take_over(place, args)
+    new.wait_for(*UP)  # behind its last word in the record
     assert old.wait() == 0
     (path,) = (place.directory / "meet").glob("handover-*.json")
     record = json.loads(path.read_text())

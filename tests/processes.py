@@ -37,6 +37,13 @@ def open_descriptors(pid: int | str = "self") -> dict[str, str]:
     return found
 
 
+def pending(pid: int) -> set[int]:
+    """The signals that were sent to a process and have not come to it yet: proc_pid_status(5)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = (int(line.split()[1], 16) for line in status.splitlines() if line[:6] == "ShdPnd")
+    return {number for number in signal.valid_signals() if mask >> (number - 1) & 1}
+
+
 def wait_readable(fd: int, what: str, seconds: float = DEADLINE) -> None:
     """Wait until `fd` is readable; `what` is said if it never is."""
     poll = select.poll()

@@ -11,7 +11,7 @@ from tests.integration.raw import Connection
 
 STOPPED = "Stopped accepting"
 QUICK = {"HOTRESTART_ROLLBACK_WINDOW": "0", "HOTRESTART_DRAIN_TIMEOUT": "20"}
-WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60"}
+WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "3600"}
 NO_HANDOVER = "--no-connection-handover"
 ONE_OR_MORE = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4"])
 

@@ -26,7 +26,7 @@ from tests.processes import open_descriptors
 
 pytestmark = pytest.mark.once
 
-WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "60", "HOTRESTART_DRAIN_TIMEOUT": "20"}
+WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "3600", "HOTRESTART_DRAIN_TIMEOUT": "20"}
 CLIENTS = Mix(one_shot=4, keep_alive=4)
 EX_CONFIG = 78
 TAKEN_FROM = re.compile(rf"{TOOK_OVER} (\d+)")

@@ -14,6 +14,7 @@ from demo_app.deploys import TOOK_OVER, Deploys, command, free_port
 from demo_app.load import LoadProcess, Mix
 from tests.integration.instances import ONE_OR_MORE, QUICK, successor, up
 from tests.integration.raw import ask
+from tests.processes import eventually, pending
 
 SERVERS = pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn asgi"])
 
@@ -166,6 +167,7 @@ def test_a_child_that_is_stopped_while_it_starts_changes_nothing(
         child = place.start(args, LATCH=str(latch), **QUICK)
         child.wait_for("in the startup", count=4 if server == "uvicorn4" else 1)
         child.signal(number)
+        eventually(lambda: number not in pending(child.pid), "the signal is delivered")
         latch.unlink()
         assert child.wait() in (0, -number), child.log
         said = f"it was stopped before it had taken over; the running instance (pid {parent.pid})"

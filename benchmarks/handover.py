@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import resource
 import socket
@@ -136,7 +135,7 @@ def processor(pid: int) -> float:
 
 def steps(place: Deploys, new: Instance) -> tuple[dict[str, float], dict[str, Any]]:
     """When each step of the takeover was done, and what the old instance says of it."""
-    record = json.loads((place.directory / "meet" / f"handover-{new.pid}.json").read_text())
+    record = place.record_of(new.pid)
     return {step["step"]: step["time"] for step in record["steps"]}, record["parent"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import select
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -212,6 +213,14 @@ class Deploys:
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
+
+    def record_of(self, child_pid: int) -> dict[str, Any]:
+        """What the record says of the takeover by this child."""
+        for path in (self.directory / "meet").glob("handover-*.json"):
+            record: dict[str, Any] = json.loads(path.read_text())
+            if record["child"]["pid"] == child_pid:
+                return record
+        raise DeployError(f"no record of a takeover by pid {child_pid}")
 
     def start(self, args: Sequence[str], **env: str) -> Instance:
         """Start an instance; `env` is added to its environment."""

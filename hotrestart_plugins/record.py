@@ -5,7 +5,11 @@ Each side writes what it knows, as it happens, so that the record outlives the d
     {"outcome": "taken over",
      "parent": {"pid": 10, "given": ["127.0.0.1:8000"], "tally": {...}},
      "child": {"pid": 20, "inherited": ["127.0.0.1:8000"], "bound": []},
-     "steps": [{"time": 1700000000.1, "by": 20, "step": "started"}, ...]}
+     "steps": [{"time": 1700000000.1, "by": "child", "step": "started"}, ...]}
+
+``handover-TIME.json``: TIME is that at which the child began, in UTC, to the microsecond. A pid may
+come again, and is not seen by a parent of another pid namespace: it is 0, or what the other calls
+itself.
 
 ``outcome`` is 'under way', 'taken over', 'failed' (then a side has a ``reason``) or 'rolled back'.
 Times are seconds since the epoch. A record that cannot be written is no reason to fail: a line in
@@ -33,20 +37,21 @@ _PATIENCE = 1.0  # seconds to wait for the other side, which writes for less tha
 
 
 class Record:
-    """One takeover's record, named after the child. Owns no descriptor between two calls."""
+    """One takeover's record. Owns no descriptor between two calls."""
 
-    def __init__(self, directory: Path, child_pid: int, side: str, logger: Logger) -> None:
-        """`side`: 'parent' or 'child', which one this process is."""
-        self.path = directory / f"{_PREFIX}{child_pid}.json"
+    def __init__(
+        self, directory: Path, birth: int, child_pid: int, side: str, logger: Logger
+    ) -> None:
+        """`birth`: the child's, see `MeetingPlace.child_birth`.
+
+        `side`: 'parent' or 'child', which one this process is.
+        """
+        seconds, rest = divmod(birth, 1_000_000)
+        when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+        self.path = directory / f"{_PREFIX}{when}.{rest:06d}Z.json"
         self._side = side
         self._child_pid = child_pid
         self._log = logger
-
-    def begin(self) -> None:
-        """The child's first word: whatever an older process of this pid left is not meant."""
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
-        self.note("started")
 
     def note(self, step: str = "", *, outcome: str = "", **facts: object) -> None:
         """Add a step, an outcome, what this side knows. Never raises."""
@@ -61,7 +66,7 @@ class Record:
         record["outcome"] = outcome or record["outcome"]
         record[self._side] |= {"pid": os.getpid(), **facts}
         if step:
-            record["steps"].append({"time": time.time(), "by": os.getpid(), "step": step})
+            record["steps"].append({"time": time.time(), "by": self._side, "step": step})
         aside = self.path.with_suffix(".new")
         aside.write_text(json.dumps(record, indent=1) + "\n")
         aside.rename(self.path)
@@ -81,8 +86,7 @@ class Record:
 
 
 def _prune(directory: Path) -> None:
-    found = sorted(directory.glob(f"{_PREFIX}*.json"), key=lambda path: path.stat().st_mtime)
-    for path in found[:-KEPT]:
+    for path in sorted(directory.glob(f"{_PREFIX}*.json"))[:-KEPT]:
         path.unlink(missing_ok=True)
 
 

@@ -214,8 +214,8 @@ class Instance:
             self._listeners = listeners = Listeners(server)
             self._directory = self.settings.directory or default_directory(listeners.addresses[0])
             if hot.initialize(self._directory, len(listeners.addresses)) is Role.CHILD:
-                self._record = Record(self._directory, self._pid, "child", self.log)
-                self._record.begin()
+                self._record = Record(self._directory, hot.birth, self._pid, "child", self.log)
+                self._record.note("started")
             server.LISTENERS = listeners.open(hot)
         except HotRestartError as error:
             self._fail(error)

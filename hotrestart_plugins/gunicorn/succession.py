@@ -20,6 +20,7 @@ from hotrestart_plugins.gunicorn import workers
 from hotrestart_plugins.gunicorn.channel import Channel, Message, Report
 from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.wakeup import Wakeups
+from hotrestart_plugins.peers import Child
 from hotrestart_plugins.protocol import After, HotRestart, Role
 from hotrestart_plugins.record import Record
 from hotrestart_plugins.settings import Settings
@@ -129,7 +130,7 @@ class Succession:
         self._wakeups.never("child")
         after = self._hot.child_ended()
         if after is After.NOTHING:
-            Record(self._directory, child.pid, "parent", self._log).note(
+            self._record_with(child).note(
                 outcome="failed", reason="the child ended before it had taken over"
             )
         elif after is After.LEAVE:
@@ -139,6 +140,9 @@ class Succession:
         if self._server.reexec_pid == -1:
             self._server.reexec_pid = 0
         self._wakeups.watch(self._hot.fileno())
+
+    def _record_with(self, child: Child) -> Record:
+        return Record(self._directory, child.birth, child.pid, "parent", self._log)
 
     # -- replaced ------------------------------------------------------------------------------
 
@@ -151,7 +155,7 @@ class Succession:
         self._record = None
         successor = 0
         if child is not None:
-            self._record = Record(self._directory, child.pid, "parent", self._log)
+            self._record = self._record_with(child)
             self._record.note(given=sorted(child.given))
             if not self.settings.no_handover:
                 successor = child.birth

@@ -112,8 +112,9 @@ class Succession:
         self._ended.set()
 
     def _record(self) -> Record:
-        pid = self._hot.child.pid if self._hot.child is not None else 0
-        return Record(self._directory, pid, "parent", logger)
+        child = self._hot.child
+        birth, pid = (child.birth, child.pid) if child is not None else (0, 0)
+        return Record(self._directory, birth, pid, "parent", logger)
 
     def _tally(self) -> dict[str, int]:
         return asdict(self._serving.tally)

@@ -96,8 +96,8 @@ class Takeover:
         self.hot = HotRestart(takeover_timeout=self.settings.takeover_timeout, logger=logger)
         self.directory = directory
         if self.hot.initialize(directory, len(names)) is Role.CHILD:
-            self._record = Record(directory, os.getpid(), "child", logger)
-            self._record.begin()
+            self._record = Record(directory, self.hot.birth, os.getpid(), "child", logger)
+            self._record.note("started")
         return self.hot
 
     def _wanted(self) -> tuple[list[Address], list[socket.socket]]:

@@ -12,6 +12,7 @@ import pytest
 from demo_app.deploys import TOOK_OVER, UP, Deploys
 from tests.integration.instances import QUICK, STOPPED, WINDOW, demo, takes_over
 from tests.integration.raw import Connection, ask, request
+from tests.processes import eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.once]
 CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
@@ -29,9 +30,13 @@ def test_a_successor_that_is_not_seen(place: Deploys, address: str, server: str)
     old = place.start(args, **WINDOW)
     old.wait_for(*UP)
     new = place.start(args)
-    new.wait_for(TOOK_OVER)
+    new.wait_for(*UP)
     old.wait_for(STOPPED)
     assert "another pid namespace" in old.log
+    (record,) = (place.directory / "meet").glob("handover-*.json")  # of both
+    eventually(lambda: "stopped accepting" in record.read_text(), "the old one's part of it")
+    steps = json.loads(record.read_text())["steps"]
+    assert {"started", "ready", "stopped accepting"} <= {one["step"] for one in steps}
     os.killpg(new.pid, signal.SIGSTOP)
     with Connection(address) as waits:  # in the queue of a listener that nobody accepts from
         waits.send(request())

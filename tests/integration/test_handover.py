@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import resource
 import signal
@@ -36,8 +35,7 @@ def start(place: Deploys, args: list[str], *texts: str, **env: str) -> Instance:
 
 def outcome(place: Deploys, child: Instance) -> dict[str, int]:
     """The tally in the record of the takeover by this child."""
-    text = (place.directory / "meet" / f"handover-{child.pid}.json").read_text()
-    tally: dict[str, int] = json.loads(text)["parent"]["tally"]
+    tally: dict[str, int] = place.record_of(child.pid)["parent"]["tally"]
     return tally
 
 

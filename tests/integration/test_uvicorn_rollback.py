@@ -226,8 +226,9 @@ def test_a_limit_of_requests_ends_none_that_may_have_to_serve_again(
         child = takes_over(place, parent, args)
         busy.send(b"hello")
         assert parent.owns(busy.answer().pid)
-        record = place.directory / "meet" / f"handover-{child.pid}.json"
-        eventually(lambda: '"drained"' in record.read_text(), "it has drained")
+        eventually(
+            lambda: place.record_of(child.pid)["steps"][-1]["step"] == "drained", "it has drained"
+        )
         os.killpg(child.pid, signal.SIGKILL)
         parent.wait_for("Accepting again")
         assert f"Started server process [{ask(address).pid}]" in parent.log  # it may have ended

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -173,8 +172,7 @@ def test_a_child_that_is_stopped_while_it_starts_changes_nothing(
         said = f"it was stopped before it had taken over; the running instance (pid {parent.pid})"
         assert child.log.count(said) == 1
         assert TOOK_OVER not in child.log
-        (record,) = (place.directory / "meet").glob(f"handover-{child.pid}.json")
-        assert json.loads(record.read_text())["outcome"] == "failed"
+        assert place.record_of(child.pid)["outcome"] == "failed"
         load.wait(answers=50)
         assert parent.owns(ask(address).pid)
         successor(place, parent, args)

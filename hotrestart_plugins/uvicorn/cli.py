@@ -77,7 +77,7 @@ def _called(**parameters: Any) -> None:
             if places:
                 given["bind"] = ()  # whatever the environment has
             if options.get("env_file"):  # uvicorn's Config, which reads it, comes behind this
-                importlib.import_module("dotenv").load_dotenv(options["env_file"])
+                _load(options["env_file"])
             settings = Settings.gather(given)
         except ConfigurationError as error:
             raise _Refused(str(error)) from None
@@ -91,6 +91,15 @@ def _called(**parameters: Any) -> None:
         _theirs.main.callback(**parameters)
     finally:
         _theirs.run = original
+
+
+def _load(env_file: str) -> None:
+    """As uvicorn does: what the environment has set itself stays."""
+    try:
+        dotenv = importlib.import_module("dotenv")
+    except ImportError:
+        raise ConfigurationError("--env-file needs the package python-dotenv: install it") from None
+    dotenv.load_dotenv(env_file)
 
 
 main = _command()

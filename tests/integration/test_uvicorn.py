@@ -271,6 +271,11 @@ def test_options_of_uvicorn_work(place: Deploys, address: str, tmp_path: Path) -
     assert (answer.pid, answer.body) == (new.pid, b"/undertold")
     (tmp_path / "env").write_text("HOTRESTART_ROLLBACK_WINDOW=soon\n")
     assert place.start([*args, *more]).wait() == 78
+    (tmp_path / "dotenv.py").write_text("raise ImportError")
+    without = place.start([*args, *more], PYTHONPATH=str(tmp_path))
+    assert without.wait() == 78
+    assert "--env-file needs the package python-dotenv" in without.log
+    assert "Traceback" not in without.log
 
 
 def test_every_option_of_uvicorns_command_is_there() -> None:

@@ -186,7 +186,8 @@ MISBEHAVIOURS = {
 @pytest.mark.parametrize("behaviour", MISBEHAVIOURS)
 def test_each_misbehaviour_has_its_name(behaviour: str, client: str) -> None:
     handler, kind = MISBEHAVIOURS[behaviour]
-    report = report_of(handler, Mix(**{client: 1}), max_requests=2, timeout=0.3)
+    timeout = 0.3 if kind == "timed_out" else DEADLINE
+    report = report_of(handler, Mix(**{client: 1}), max_requests=2, timeout=timeout)
     assert report.failed == {kind: 2}
     assert report.answered == 0
     assert report.by_pid == {}
@@ -478,7 +479,8 @@ def test_a_restart_is_answered_with_a_close_frame() -> None:
     ],
 )
 def test_any_other_end_of_a_websocket_is_a_failure(handler: Handler, kind: str) -> None:
-    report = report_of(handler, Mix(websocket=1), max_requests=2, timeout=0.3)
+    timeout = 0.3 if "timed_out" in kind else DEADLINE
+    report = report_of(handler, Mix(websocket=1), max_requests=2, timeout=timeout)
     assert report.answered == 1
     [found] = report.failed
     assert found in kind
@@ -507,9 +509,8 @@ def test_a_ping_is_answered_while_the_client_naps() -> None:
             writer.write(frame(9, b"there?"))
             pongs.append(await read_frame(reader))
             until.set()
-            await reader.read()
 
-        return await serve(handle, Mix(websocket=1), until=until, pause=DEADLINE, timeout=0.5)
+        return await serve(handle, Mix(websocket=1), until=until, pause=DEADLINE)
 
     asyncio.run(scenario())
     assert pongs == [(10, b"there?")]

@@ -22,6 +22,11 @@ def demo(server: str, address: str, *more: str) -> list[str]:
     return command(server, address, *alone, *more)
 
 
+def kept_alive(server: str) -> tuple[str, str]:
+    """The option with which an idle connection outlasts a test."""
+    return ("--keep-alive" if server.startswith("gunicorn") else "--timeout-keep-alive", "60")
+
+
 def up(place: Deploys, args: list[str], **env: str) -> Instance:
     """A first parent that serves."""
     instance = place.start(args, **{**QUICK, **env})

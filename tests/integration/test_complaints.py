@@ -20,13 +20,14 @@ import pytest
 from demo_app.deploys import TOOK_OVER, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins.settings import DEFAULTS
-from tests.integration.instances import QUICK, STOPPED, demo, successor, up
+from tests.integration import instances
+from tests.integration.instances import QUICK, STOPPED, demo, kept_alive, successor, up
 from tests.integration.raw import Connection, ask, request
 from tests.processes import open_descriptors
 
 pytestmark = pytest.mark.once
 
-WINDOW = {"HOTRESTART_ROLLBACK_WINDOW": "3600", "HOTRESTART_DRAIN_TIMEOUT": "20"}
+WINDOW = {**QUICK, **instances.WINDOW}
 CLIENTS = Mix(one_shot=4, keep_alive=4)
 EX_CONFIG = 78
 TAKEN_FROM = re.compile(rf"{TOOK_OVER} (\d+)")
@@ -45,8 +46,7 @@ from {module} import app
 
 def serve(server: str, address: str, *more: str) -> list[str]:
     """The demo's command line."""
-    keep_alive = "--keep-alive" if server.startswith("gunicorn") else "--timeout-keep-alive"
-    return demo(server, address, keep_alive, "60", *more)
+    return demo(server, address, *kept_alive(server), *more)
 
 
 def binding(server: str, *addresses: str) -> list[str]:

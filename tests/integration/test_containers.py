@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys
-from tests.integration.instances import QUICK, STOPPED, WINDOW, demo, takes_over
+from tests.integration.instances import QUICK, STOPPED, WINDOW, demo, kept_alive, takes_over
 from tests.integration.raw import Connection, ask, request
 from tests.processes import eventually
 
@@ -71,8 +71,7 @@ def test_of_two_that_stand_by_the_later_one_serves(
 @pytest.mark.parametrize("server", ["uvicorn", "uvicorn4", "gunicorn gthread", "gunicorn asgi"])
 def test_connections_move(place: Deploys, address: str, server: str) -> None:
     """From pid 1 to pid 1: a child is not known by its pid."""
-    timeout = "--keep-alive" if server.startswith("gunicorn") else "--timeout-keep-alive"
-    args = [*contained(server, address), timeout, "60"]
+    args = [*contained(server, address), *kept_alive(server)]
     current = place.start(args, DEMO_VERSION="0", **QUICK)
     current.wait_for(*UP)
     with contextlib.ExitStack() as stack:

@@ -102,14 +102,13 @@ def test_a_worker_that_is_held_up_ends_at_the_drain_timeout(
 
 
 BAD_PONG = """
-import asyncio, os, pathlib, time
+import os, pathlib
 from uvicorn.supervisors.multiprocess import Process
 
 def pong(self):
     self.child_conn.recv()
     print("pinged", flush=True)
-    while pathlib.Path(__file__).with_name("hold").exists():
-        time.sleep(0.01)
+    pathlib.Path(__file__).with_name("gate").open().close()
     self.child_conn.send_bytes(b"no answer")
 
 async def app(scope, receive, send):
@@ -126,8 +125,8 @@ def test_no_worker_is_started_once_replaced(place: Deploys, address: str, tmp_pa
     """Not even where uvicorn was waiting for a worker that does not answer it: its successor would
     run the new code, and accept beside the new instance."""
     (tmp_path / "bad_pong.py").write_text(BAD_PONG)
-    hold = tmp_path / "hold"
-    hold.touch()
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
     more = ["--app-dir", str(tmp_path), "--lifespan", "off", "--timeout-worker-healthcheck", "60"]
     args = command("uvicorn4", address, *more)
     args[args.index("app:app")] = "bad_pong:app"
@@ -135,7 +134,7 @@ def test_no_worker_is_started_once_replaced(place: Deploys, address: str, tmp_pa
     bad = ask(address, "/bad").pid
     old.wait_for("pinged")
     takes_over(place, old, args)
-    hold.unlink()
+    gate.open("w").close()
     old.wait_for(f"Child process [{bad}] died")
     old.wait_for("was started behind the takeover: killing it")
     old.stop()
@@ -241,7 +240,7 @@ def test_a_successor_that_is_stopped_on_purpose_is_not_rolled_back(
 ) -> None:
     """Stopping the service within the rollback window stops the service."""
     args = command("uvicorn", address)
-    parent = up(place, args, HOTRESTART_ROLLBACK_WINDOW="3600")
+    parent = up(place, args, **WINDOW)
     child = takes_over(place, parent, args)
     child.stop()
     assert parent.wait() == 0

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hotrestart_plugins import HotRestart, Role
-from hotrestart_plugins.address import resolve
+from hotrestart_plugins.core.address import resolve
 
 SPACE = socket.CMSG_SPACE(4)
 

@@ -5,21 +5,27 @@ The servers are in `hotrestart_plugins.uvicorn` and `hotrestart_plugins.gunicorn
 this package imports neither.
 """
 
+from hotrestart_plugins.core.hot_restart import (
+    DEFAULT_HOT_RESTART,
+    ChildExitAction,
+    HotRestart,
+    Role,
+    TerminatePolicy,
+)
 from hotrestart_plugins.errors import (
     AddressError,
     Busy,
     ConfigurationError,
     HotRestartError,
-    MeetingPlaceError,
     MessageError,
     NoAnswer,
     NotReady,
     ParentGone,
+    RendezvousError,
     TakeoverError,
     WrongDescriptor,
     WrongPeer,
 )
-from hotrestart_plugins.protocol import DEFAULT_HOT_RESTART, After, HotRestart, Moment, Role
 from hotrestart_plugins.settings import Settings
 
 initialize = DEFAULT_HOT_RESTART.initialize
@@ -29,20 +35,20 @@ dup_parent_listener_sock = DEFAULT_HOT_RESTART.dup_parent_listener_sock
 __all__ = [
     "DEFAULT_HOT_RESTART",
     "AddressError",
-    "After",
     "Busy",
+    "ChildExitAction",
     "ConfigurationError",
     "HotRestart",
     "HotRestartError",
-    "MeetingPlaceError",
     "MessageError",
-    "Moment",
     "NoAnswer",
     "NotReady",
     "ParentGone",
+    "RendezvousError",
     "Role",
     "Settings",
     "TakeoverError",
+    "TerminatePolicy",
     "WrongDescriptor",
     "WrongPeer",
     "dup_parent_listener_sock",

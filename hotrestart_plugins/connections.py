@@ -1,7 +1,7 @@
 """Established connections, from one process to another: the channel, and its rules.
 
 A channel of its own, which a Volo peer never sees: a SOCK_SEQPACKET listener of each process of the
-new instance in the meeting directory, ``moved.BIRTH.PID``. A batch is one message: its
+new instance in the meeting directory, ``moved.ID.PID``. A batch is one message: its
 number and a byte for each connection, the descriptors beside it. The answer is its number, or
 nothing::
 
@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hotrestart_plugins import credentials
+from hotrestart_plugins.core import credentials
+from hotrestart_plugins.core.datagram import close_all
 from hotrestart_plugins.errors import MessageError
-from hotrestart_plugins.transport import close_all
 
 MOST = 253
 """Descriptors that fit in one message: SCM_MAX_FD, unix(7)."""
@@ -58,8 +58,8 @@ class Successor(NamedTuple):
 
     directory: Path
     """The meeting directory."""
-    birth: int
-    """The child's, see `MeetingPlace.child_birth`."""
+    takeover_id: int
+    """The child's, see `RendezvousDirectory.child_takeover_id`."""
 
 
 class Arrival(NamedTuple):
@@ -71,13 +71,13 @@ class Arrival(NamedTuple):
 
 def path_of(successor: Successor, process_pid: int) -> Path:
     """Where a process of the new instance listens for connections."""
-    return successor.directory / f"{_PREFIX}{successor.birth:x}.{process_pid}"
+    return successor.directory / f"{_PREFIX}{successor.takeover_id:x}.{process_pid}"
 
 
 def receivers(successor: Successor) -> list[Path]:
     """Where the processes of the new instance listen; none, if this one may not look."""
     try:
-        return sorted(successor.directory.glob(f"{_PREFIX}{successor.birth:x}.*"))
+        return sorted(successor.directory.glob(f"{_PREFIX}{successor.takeover_id:x}.*"))
     except PermissionError:  # up to Python 3.12; later ones find nothing
         return []
 

@@ -5,7 +5,7 @@
     HotRestartError
     ├── ConfigurationError          yours to mend: an option, an address, a directory
     │   ├── AddressError            an address that is none, or cannot be bound
-    │   └── MeetingPlaceError       a meeting directory that cannot be trusted or used
+    │   └── RendezvousError       a meeting directory that cannot be trusted or used
     ├── MessageError                bytes from the other side that are no message
     └── TakeoverError               the takeover did not happen; the parent serves on
         ├── Busy                    another takeover is under way
@@ -38,7 +38,7 @@ class AddressError(ConfigurationError):
     """An address that cannot be understood or bound."""
 
 
-class MeetingPlaceError(ConfigurationError):
+class RendezvousError(ConfigurationError):
     """The meeting directory cannot be made, trusted or used."""
 
 

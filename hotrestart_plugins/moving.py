@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from hotrestart_plugins import connections
 from hotrestart_plugins.connections import Arrival, Kind, Successor
+from hotrestart_plugins.core.events import Logger
 from hotrestart_plugins.errors import HotRestartError, MessageError
-from hotrestart_plugins.peers import Logger
 
 _AT_ONCE = 64  # connections in one turn of the loop, so that requests come in between
 _UNDER_WAY = 4  # batches that may wait for their acknowledgement

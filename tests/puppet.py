@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hotrestart_plugins import After, HotRestart, Moment
+from hotrestart_plugins import ChildExitAction, HotRestart, TerminatePolicy
 from hotrestart_plugins.errors import HotRestartError
 
 
@@ -41,8 +41,8 @@ class Puppet:
 
     def initialize(self, directory: str, number: int, options: dict[str, Any]) -> str:
         self.stands_by = options.pop("stand_by", False)
-        if "moment" in options:
-            options["moment"] = Moment(options["moment"])
+        if "terminate_policy" in options:
+            options["terminate_policy"] = TerminatePolicy(options["terminate_policy"])
         self.hot = HotRestart(**{"takeover_timeout": 20.0, **options})
         return self.hot.initialize(directory, number).value
 
@@ -172,10 +172,10 @@ class Puppet:
 
     def _child_ended(self) -> None:
         after = self.hot.child_ended()
-        if after is After.RESUME:
+        if after is ChildExitAction.RESUME:
             self.accepting = True
         self._say("event", "child ended", after.value, self.role())
-        if after is After.LEAVE:
+        if after is ChildExitAction.LEAVE:
             self.exit()
 
     def _accept(self) -> None:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotrestart_plugins import address as addresses
-from hotrestart_plugins.address import Address, bind_fresh, holder, of_socket, parse, same_socket
+from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core.address import Address, of_socket, parse, same_socket
+from hotrestart_plugins.core.bind import bind_fresh, holder
 from hotrestart_plugins.errors import AddressError
 from tests.processes import Processes, free_address
 

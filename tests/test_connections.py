@@ -15,9 +15,9 @@ import pytest
 
 from hotrestart_plugins import connections
 from hotrestart_plugins.connections import MOST, Kind, Successor
+from hotrestart_plugins.core.rendezvous import PARENT_SOCKET
 from hotrestart_plugins.errors import MessageError
 from hotrestart_plugins.moving import Receiver
-from hotrestart_plugins.rendezvous import PARENT_SOCKET
 from tests.processes import DEADLINE
 
 LOG = logging.getLogger(__name__)

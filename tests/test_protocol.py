@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 import hotrestart_plugins
-from hotrestart_plugins import After, HotRestart, Moment, Role
-from hotrestart_plugins.address import Address
+from hotrestart_plugins import ChildExitAction, HotRestart, Role, TerminatePolicy
+from hotrestart_plugins.core.address import Address
+from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, PARENT_SOCKET
 from hotrestart_plugins.errors import (
     AddressError,
     ConfigurationError,
@@ -28,7 +29,6 @@ from hotrestart_plugins.errors import (
     WrongDescriptor,
     WrongPeer,
 )
-from hotrestart_plugins.rendezvous import CHILD_SOCKET, PARENT_SOCKET
 from tests.processes import LOOPBACK, free_address, open_descriptors
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -149,7 +149,7 @@ def test_answers_of_a_parent_that_died(meet: Path) -> None:
     os.waitpid(pid, 0)
     assert child.inherited == set(wanted[:2])
     assert [name_of(sock) for sock in made] == wanted
-    assert child.role is Role.FIRST
+    assert child.role is Role.INITIAL
     for sock in [*given, *made]:
         sock.close()
     child.close()
@@ -356,8 +356,8 @@ def test_ready_is_said_once(impostor: Plain, child: HotRestart, listener: socket
 
 
 def test_the_references_moment(impostor: Plain, meet: Path) -> None:
-    """With Moment.INHERITED the parent is told to go by the last listener asked for."""
-    child = HotRestart(takeover_timeout=1, moment=Moment.INHERITED)
+    """With TerminatePolicy.INHERITED the parent is told to go by the last listener asked for."""
+    child = HotRestart(takeover_timeout=1, terminate_policy=TerminatePolicy.INHERITED)
     child.initialize(meet, 2)
     socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     for sock, role in zip(socks, (Role.CHILD, Role.PARENT), strict=True):
@@ -496,7 +496,7 @@ def test_nothing_before_initialize() -> None:
 @pytest.fixture
 def parent(no_leak: None, meet: Path, listener: socket.socket) -> Iterator[HotRestart]:
     hot = HotRestart()
-    assert hot.initialize(meet) is Role.FIRST
+    assert hot.initialize(meet) is Role.INITIAL
     hot.register_listener_fd(name_of(listener), listener.fileno())
     hot.ready()
     yield hot
@@ -670,13 +670,13 @@ def test_the_end_of_the_child_before(
     """A host that learns of an earlier child's end while another asks loses nothing by it."""
     asker.send(request(name_of(listener)))
     parent.handle()
-    assert parent.child_ended() is After.NOTHING
+    assert parent.child_ended() is ChildExitAction.NOTHING
     assert parent.child is not None
     asker.receive()[1][0].close()
     asker.send(b"\x03")
     parent.handle()
     assert parent.role is Role.REPLACED
-    assert parent.child_ended() is After.NOTHING
+    assert parent.child_ended() is ChildExitAction.NOTHING
 
 
 @pytest.mark.root
@@ -754,7 +754,7 @@ from hotrestart_plugins import (
     DEFAULT_HOT_RESTART, Role, dup_parent_listener_sock, initialize, register_listener_fd)
 with tempfile.TemporaryDirectory() as meet:
     initialize(meet, 1)
-    assert initialize(meet, 1) is Role.FIRST
+    assert initialize(meet, 1) is Role.INITIAL
     assert dup_parent_listener_sock({free_address()!r}) is None
     sock = socket.create_server(("127.0.0.1", 0))
     register_listener_fd("127.0.0.1:%d" % sock.getsockname()[1], sock.fileno())

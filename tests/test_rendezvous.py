@@ -14,24 +14,24 @@ from pathlib import Path
 import pytest
 
 from hotrestart_plugins import HotRestart, Role
-from hotrestart_plugins.address import MAX_UNIX_PATH, parse
-from hotrestart_plugins.errors import Busy, MeetingPlaceError
-from hotrestart_plugins.rendezvous import (
+from hotrestart_plugins.core.address import MAX_UNIX_PATH, parse
+from hotrestart_plugins.core.datagram import Endpoint
+from hotrestart_plugins.core.listeners import OwnedPath
+from hotrestart_plugins.core.rendezvous import (
     CHILD_SOCKET,
     PARENT_SOCKET,
-    Claim,
-    MeetingPlace,
+    RendezvousDirectory,
     default_directory,
 )
-from hotrestart_plugins.transport import Endpoint
+from hotrestart_plugins.errors import Busy, RendezvousError
 from tests.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
 
 @pytest.fixture
-def place(no_leak: None, meet: Path) -> Iterator[MeetingPlace]:
-    made = MeetingPlace(meet)
+def place(no_leak: None, meet: Path) -> Iterator[RendezvousDirectory]:
+    made = RendezvousDirectory(meet)
     yield made
     made.close()
 
@@ -74,7 +74,7 @@ def test_the_default_directory_is_always_short_enough(monkeypatch: pytest.Monkey
 def refused(directory: Path) -> str:
     """The one line with which a directory is refused, at every attempt."""
     for _ in range(2):
-        with pytest.raises(MeetingPlaceError) as error:
+        with pytest.raises(RendezvousError) as error:
             HotRestart(takeover_timeout=0.1).initialize(directory)
     text = str(error.value)
     assert str(directory) in text
@@ -85,7 +85,7 @@ def refused(directory: Path) -> str:
 
 def test_a_missing_directory_is_made(meet: Path) -> None:
     """A directory that is not there is made, ours alone, with those above it."""
-    MeetingPlace(meet / "a" / "b").close()
+    RendezvousDirectory(meet / "a" / "b").close()
     for made in (meet / "a", meet / "a" / "b"):
         assert made.stat().st_mode & 0o777 == 0o700
 
@@ -123,7 +123,7 @@ def test_too_long(meet: Path) -> None:
     """A directory in which a socket's path would not fit is refused before it is made."""
     room = MAX_UNIX_PATH - len(PARENT_SOCKET) - 1
     fits = meet / ("x" * (room - len(str(meet)) - 1))
-    MeetingPlace(fits).close()
+    RendezvousDirectory(fits).close()
     longer = Path(f"{fits}x")
     assert "makes 108 bytes, 107 fit" in refused(longer)
     assert not longer.exists()
@@ -135,14 +135,14 @@ def test_a_directory_of_defaults_that_is_not_ours_alone() -> None:
         above = Path(root) / f"hotrestart-{os.geteuid()}"
         above.mkdir()
         above.chmod(0o777)
-        with pytest.raises(MeetingPlaceError, match="writable by others"):
-            MeetingPlace(above / "127.0.0.1:8000")
+        with pytest.raises(RendezvousError, match="writable by others"):
+            RendezvousDirectory(above / "127.0.0.1:8000")
 
 
 READ_ONLY = """
 import os, subprocess, sys
 from hotrestart_plugins import HotRestart
-from hotrestart_plugins.errors import MeetingPlaceError
+from hotrestart_plugins.errors import RendezvousError
 directory, there = sys.argv[1:]
 def mount(*args):
     subprocess.run(["mount", *args], check=True)
@@ -153,7 +153,7 @@ if there:
 mount("-o", "remount,ro", directory)
 try:
     HotRestart().initialize(directory + "/meet")
-except MeetingPlaceError as error:
+except RendezvousError as error:
     print(error)
 """
 
@@ -186,11 +186,11 @@ def test_something_else_at_the_parents_name(meet: Path, kind: str) -> None:
         keep.listen()
     hot = HotRestart(takeover_timeout=0.1)
     if kind == "file":
-        assert hot.initialize(meet) is Role.FIRST
+        assert hot.initialize(meet) is Role.INITIAL
         hot.ready()
     elif kind == "directory":
-        assert hot.initialize(meet) is Role.FIRST
-        with pytest.raises(MeetingPlaceError, match="cannot be used to meet in"):
+        assert hot.initialize(meet) is Role.INITIAL
+        with pytest.raises(RendezvousError, match="cannot be used to meet in"):
             hot.ready()
     else:
         assert "cannot be reached" in refused(meet)
@@ -202,17 +202,17 @@ def test_something_else_at_the_parents_name(meet: Path, kind: str) -> None:
 def test_a_claim_is_of_a_file(meet: Path) -> None:
     """A name is released only while it is still the file that was claimed."""
     (meet / "a").touch()
-    claim = Claim(str(meet / "a"))
+    claim = OwnedPath(str(meet / "a"))
     (meet / "b").touch()
     os.rename(meet / "b", meet / "a")
     assert not claim.holds()
     claim.release()
     assert (meet / "a").exists()
-    Claim(str(meet / "a")).release()
+    OwnedPath(str(meet / "a")).release()
     assert not (meet / "a").exists()
 
 
-def test_claiming_the_parents_name(place: MeetingPlace) -> None:
+def test_claiming_the_parents_name(place: RendezvousDirectory) -> None:
     """The name leads to the old socket until it leads to the new one, and nothing is left over."""
     old, _ = place.claim_parent(lambda: None)
     new, claim = place.claim_parent(lambda: None)
@@ -227,7 +227,7 @@ def test_claiming_the_parents_name(place: MeetingPlace) -> None:
         endpoint.close()
 
 
-def test_a_claim_that_fails_is_undone(place: MeetingPlace) -> None:
+def test_a_claim_that_fails_is_undone(place: RendezvousDirectory) -> None:
     """If the parent cannot be told, it has its name back, and nothing is left over."""
     old, _ = place.claim_parent(lambda: None)
 
@@ -245,7 +245,7 @@ def test_a_claim_that_fails_is_undone(place: MeetingPlace) -> None:
     probe.close()
 
 
-def test_a_first_claim_that_fails_leaves_no_name(place: MeetingPlace) -> None:
+def test_a_first_claim_that_fails_leaves_no_name(place: RendezvousDirectory) -> None:
     """If there was no name before, there is none afterwards."""
 
     def fail() -> None:
@@ -256,7 +256,7 @@ def test_a_first_claim_that_fails_leaves_no_name(place: MeetingPlace) -> None:
     assert os.listdir(place.directory) == ["lock"]
 
 
-def test_what_a_killed_process_left_is_cleared(place: MeetingPlace) -> None:
+def test_what_a_killed_process_left_is_cleared(place: RendezvousDirectory) -> None:
     """A dead child's socket, and a parent socket that never got its name, are removed."""
     for name in (CHILD_SOCKET, "new.4194304", "new.4194304.old"):
         dead = Endpoint()
@@ -268,7 +268,7 @@ def test_what_a_killed_process_left_is_cleared(place: MeetingPlace) -> None:
     endpoint.close()
 
 
-def test_a_name_on_its_way_is_left_alone(place: MeetingPlace) -> None:
+def test_a_name_on_its_way_is_left_alone(place: RendezvousDirectory) -> None:
     """A parent socket that a living process is about to name is not cleared away."""
     aside = Endpoint()
     aside.bind(str(place.directory / "new.1"))
@@ -280,7 +280,7 @@ def test_a_name_on_its_way_is_left_alone(place: MeetingPlace) -> None:
 
 
 @pytest.mark.parametrize("connected", [False, True])
-def test_a_living_child_without_the_lock(place: MeetingPlace, *, connected: bool) -> None:
+def test_a_living_child_without_the_lock(place: RendezvousDirectory, *, connected: bool) -> None:
     """A child that knows no lock (Volo) is waited for, and then named as the reason."""
     parent, claim = place.claim_parent(lambda: None)
     other = Endpoint()
@@ -297,65 +297,65 @@ def test_a_living_child_without_the_lock(place: MeetingPlace, *, connected: bool
 
 HOLD = """
 import os, sys, time
-from hotrestart_plugins.rendezvous import MeetingPlace
-place = MeetingPlace(sys.argv[1])
-getattr(place, sys.argv[2])(*map(float, sys.argv[3:]))
+from hotrestart_plugins.core.rendezvous import RendezvousDirectory
+place = RendezvousDirectory(sys.argv[1])
+getattr(place.locks, sys.argv[2])(*map(float, sys.argv[3:]))
 print("held", flush=True)
 import signal
 signal.pause()
 """
 
 
-def test_the_lock(place: MeetingPlace, processes: Processes) -> None:
+def test_the_lock(place: RendezvousDirectory, processes: Processes) -> None:
     """Whoever takes over is named to who waits in vain, and the kernel frees a dead one's lock."""
-    other = processes.python(HOLD, str(place.directory), "lock", "0")
+    other = processes.python(HOLD, str(place.directory), "take_turn", "0")
     other.line()
     with pytest.raises(Busy, match=f"pid {other.pid} is taking over in .* within 0.05 s"):
-        place.lock(0.05)
+        place.locks.take_turn(0.05)
     other.kill()
-    place.lock(0)
-    place.unlock()
+    place.locks.take_turn(0)
+    place.locks.end_turn()
 
 
-def test_standing_by(place: MeetingPlace, processes: Processes) -> None:
+def test_standing_by(place: RendezvousDirectory, processes: Processes) -> None:
     """Who stands by is known by its pid, also while another takes over, until it dies."""
-    assert place.standing_by() is None
+    assert place.locks.standing_by() is None
     other = processes.python(HOLD, str(place.directory), "stand_by")
     other.line()
-    place.lock(0)
-    place.stand_by()
-    assert place.standing_by() == other.pid
-    place.stand_down()
+    place.locks.take_turn(0)
+    place.locks.stand_by()
+    assert place.locks.standing_by() == other.pid
+    place.locks.stand_down()
     other.kill(signal.SIGKILL)
-    assert place.standing_by() is None
-    place.unlock()
+    assert place.locks.standing_by() is None
+    place.locks.end_turn()
 
 
-def test_two_in_one_process(place: MeetingPlace) -> None:
+def test_two_in_one_process(place: RendezvousDirectory) -> None:
     """Two instances in one process keep order too, though POSIX locks do not tell them apart."""
-    place.lock(0)
-    second = MeetingPlace(place.directory)
+    place.locks.take_turn(0)
+    second = RendezvousDirectory(place.directory)
     with pytest.raises(Busy, match=f"pid {os.getpid()} "):
-        second.lock(0.05)
+        second.locks.take_turn(0.05)
     second.close()
-    third = MeetingPlace(place.directory)
+    third = RendezvousDirectory(place.directory)
     with pytest.raises(Busy):
-        third.lock(0.05)
+        third.locks.take_turn(0.05)
     third.close()
-    code = "import sys; from hotrestart_plugins.rendezvous import MeetingPlace as M\n"
-    code += "m = M(sys.argv[1]); print(m._try_lock())"
+    code = "import sys; from hotrestart_plugins.core.rendezvous import RendezvousDirectory as M\n"
+    code += "m = M(sys.argv[1]); print(m.locks._try_turn())"
     outside = subprocess.run(
         [sys.executable, "-c", code, str(place.directory)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert outside.stdout == f"{os.getpid()}\n"
-    place.unlock()
+    place.locks.end_turn()
 
 
 def test_nothing_is_left_of_a_first_instance(meet: Path) -> None:
     """An instance that came and went leaves the lock file alone behind."""
     hot = HotRestart()
-    assert hot.initialize(meet) is Role.FIRST
+    assert hot.initialize(meet) is Role.INITIAL
     hot.ready()
     hot.close()
     assert os.listdir(meet) == ["lock"]

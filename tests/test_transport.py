@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hotrestart_plugins.transport import Endpoint, Packet
-from hotrestart_plugins.wire import MAX_DATAGRAM
+from hotrestart_plugins.core.datagram import Endpoint, Packet
+from hotrestart_plugins.core.messages import MAX_DATAGRAM
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hotrestart_plugins.rendezvous import CHILD_SOCKET
+from hotrestart_plugins.core.rendezvous import CHILD_SOCKET
 from tests.processes import (
     TIMEOUT,
     Processes,

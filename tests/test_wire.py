@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotrestart_plugins.errors import MessageError
-from hotrestart_plugins.wire import (
+from hotrestart_plugins.core.messages import (
     MAX_ADDRESS,
     MAX_DATAGRAM,
     Message,
@@ -19,6 +18,7 @@ from hotrestart_plugins.wire import (
     TerminateParentRequest,
     parse,
 )
+from hotrestart_plugins.errors import MessageError
 
 LITTLE = sys.byteorder == "little"
 

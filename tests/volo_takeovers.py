@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hotrestart_plugins.rendezvous import PARENT_SOCKET
+from hotrestart_plugins.core.rendezvous import PARENT_SOCKET
 from tests.processes import Command, Processes, eventually, open_descriptors, who_answers
 
 

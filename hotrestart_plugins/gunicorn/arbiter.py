@@ -21,8 +21,11 @@ from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
-from hotrestart_plugins import address as addresses
 from hotrestart_plugins.connections import Successor
+from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core.hot_restart import HotRestart, Role
+from hotrestart_plugins.core.record import Record
+from hotrestart_plugins.core.rendezvous import default_directory
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
 from hotrestart_plugins.gunicorn import dirty, workers
 from hotrestart_plugins.gunicorn.channel import Channel, Report
@@ -31,9 +34,6 @@ from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.succession import Succession
 from hotrestart_plugins.gunicorn.wakeup import Wakeups
 from hotrestart_plugins.probe import Probe
-from hotrestart_plugins.protocol import HotRestart, Role
-from hotrestart_plugins.record import Record
-from hotrestart_plugins.rendezvous import default_directory
 from hotrestart_plugins.settings import OPTIONS, Settings
 
 EX_TEMPFAIL = 75  # sysexits.h: it could not take over, try again
@@ -172,7 +172,7 @@ class Instance:
             signal.setitimer(signal.ITIMER_REAL, settings.ready_timeout)
 
     def reconfigured(self, settings: Callable[[], Settings]) -> None:
-        """After HUP, with a new config; after TTIN and TTOU, with the one there was."""
+        """ChildExitAction HUP, with a new config; after TTIN and TTOU, with the one there was."""
         self._own_name()
         if self._listeners is not None and self._hot is not None:
             self._listeners.changed(self._hot)
@@ -214,7 +214,9 @@ class Instance:
             self._listeners = listeners = Listeners(server)
             self._directory = self.settings.directory or default_directory(listeners.addresses[0])
             if hot.initialize(self._directory, len(listeners.addresses)) is Role.CHILD:
-                self._record = Record(self._directory, hot.birth, self._pid, "child", self.log)
+                self._record = Record(
+                    self._directory, hot.takeover_id, self._pid, "child", self.log
+                )
                 self._record.note("started")
             server.LISTENERS = listeners.open(hot)
         except HotRestartError as error:
@@ -434,13 +436,13 @@ class Instance:
         """Only what a worker may have stays open."""
         atexit.unregister(self._left_behind)
         if self._channel is not None and self._hot is not None:
-            taking_over = self._succession is None and self._hot.birth
+            taking_over = self._succession is None and self._hot.takeover_id
             self.worker = workers.WorkerSide(
                 worker,
                 self._channel,
                 self.settings,
                 self._directory,
-                takes_in=Successor(self._directory, self._hot.birth) if taking_over else None,
+                takes_in=Successor(self._directory, self._hot.takeover_id) if taking_over else None,
             )
             self.worker.forked()
 
@@ -449,7 +451,7 @@ class Instance:
     def end(self, reason: BaseException | None) -> None:
         """Close, and say what became of the takeover."""
         failed = isinstance(reason, HaltServer) and reason.exit_status != 0
-        if self._hot is not None and self._hot.role in (Role.CHILD, Role.FIRST):
+        if self._hot is not None and self._hot.role in (Role.CHILD, Role.INITIAL):
             if failed:
                 why = str(getattr(reason, "reason", reason))
                 # gunicorn's own reasons are sentences that explain nothing.
@@ -472,7 +474,7 @@ class Instance:
     def _left_behind(self) -> None:
         """An end that gunicorn has no hook for: an app that cannot be preloaded, a crash."""
         if os.getpid() == self._pid:
-            if self._hot is None or self._hot.role in (Role.CHILD, Role.FIRST):
+            if self._hot is None or self._hot.role in (Role.CHILD, Role.INITIAL):
                 self._complain("gunicorn ended before it could serve, see above")
             self._close(crashed=True)
 

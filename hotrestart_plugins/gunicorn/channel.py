@@ -19,7 +19,9 @@ from hotrestart_plugins.tally import Tally
 # what, pid, the fields of a tally; shorter than PIPE_BUF, so written whole or not at all
 _RECORD = struct.Struct(f"=ci{len(fields(Tally))}I")
 _READ = _RECORD.size * 512
-_ORDER = struct.Struct("=?Q")  # whether to pause; the birth of the successor that takes connections
+_ORDER = struct.Struct(
+    "=?Q"
+)  # whether to pause; the takeover id of the successor that takes connections
 
 
 class Report(enum.Enum):
@@ -59,7 +61,7 @@ class Channel:
 
     @property
     def successor(self) -> int:
-        """The birth of the child whose workers take in what was accepted; 0: none does."""
+        """The takeover id of the child whose workers take in what was accepted; 0: none does."""
         return int(_ORDER.unpack(self._order[:])[1])
 
     def order(self, *, paused: bool, successor: int = 0) -> None:

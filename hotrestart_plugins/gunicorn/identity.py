@@ -15,7 +15,7 @@ from typing import Any
 from gunicorn import systemd
 from gunicorn.pidfile import Pidfile
 
-from hotrestart_plugins import credentials
+from hotrestart_plugins.core import credentials
 
 _PERMISSIONS = 0o644  # of gunicorn's own pid file
 _CONTROL_START = 2.0  # seconds that gunicorn gives its control server to start

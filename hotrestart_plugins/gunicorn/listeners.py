@@ -12,10 +12,10 @@ from typing import Any
 from gunicorn import sock as gunicorn_sock
 from gunicorn import systemd, util
 
-from hotrestart_plugins import address as addresses
-from hotrestart_plugins.address import Address
+from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core.address import Address
+from hotrestart_plugins.core.hot_restart import HotRestart
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
-from hotrestart_plugins.protocol import HotRestart
 
 
 class Listeners:
@@ -61,7 +61,7 @@ class Listeners:
         return made
 
     def changed(self, hot: HotRestart) -> None:
-        """After HUP: bind what is new, drop what is gone, and touch nothing else.
+        """ChildExitAction HUP: bind what is new, drop what is gone, and touch nothing else.
 
         gunicorn, which follows, would bind all of it anew, and end because it is still in use.
         What cannot be bound is said, and nothing changes then.

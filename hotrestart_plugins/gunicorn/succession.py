@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
+from hotrestart_plugins.core.record import Record
+from hotrestart_plugins.core.takeover_server import Child
 from hotrestart_plugins.gunicorn import workers
 from hotrestart_plugins.gunicorn.channel import Channel, Message, Report
 from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.wakeup import Wakeups
-from hotrestart_plugins.peers import Child
-from hotrestart_plugins.protocol import After, HotRestart, Role
-from hotrestart_plugins.record import Record
 from hotrestart_plugins.settings import Settings
 from hotrestart_plugins.tally import Tally
 
@@ -129,20 +129,20 @@ class Succession:
             return
         self._wakeups.never("child")
         after = self._hot.child_ended()
-        if after is After.NOTHING:
+        if after is ChildExitAction.NOTHING:
             self._record_with(child).note(
                 outcome="failed", reason="the child ended before it had taken over"
             )
-        elif after is After.LEAVE:
+        elif after is ChildExitAction.LEAVE:
             self._leave()
-        elif after is After.RESUME:
+        elif after is ChildExitAction.RESUME:
             self._resume()
         if self._server.reexec_pid == -1:
             self._server.reexec_pid = 0
         self._wakeups.watch(self._hot.fileno())
 
     def _record_with(self, child: Child) -> Record:
-        return Record(self._directory, child.birth, child.pid, "parent", self._log)
+        return Record(self._directory, child.takeover_id, child.pid, "parent", self._log)
 
     # -- replaced ------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class Succession:
             self._record = self._record_with(child)
             self._record.note(given=sorted(child.given))
             if not self.settings.no_handover:
-                successor = child.birth
+                successor = child.takeover_id
         self._channel.order(paused=True, successor=successor)
         self._awaited = set(self._ready)
         self._signal(self._ready)

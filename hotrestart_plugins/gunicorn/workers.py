@@ -241,8 +241,8 @@ class WorkerSide:
     @property
     def successor(self) -> Successor | None:
         """Whose workers take in this one's connections; None: nobody's."""
-        birth = self._channel.successor
-        return Successor(self._directory, birth) if birth and self._moves else None
+        takeover_id = self._channel.successor
+        return Successor(self._directory, takeover_id) if takeover_id and self._moves else None
 
     def exiting(self) -> None:
         """This worker ends."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from hotrestart_plugins.connections import Successor
-from hotrestart_plugins.protocol import After, HotRestart, Role
-from hotrestart_plugins.record import Record
+from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
+from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.settings import Settings
 from hotrestart_plugins.tally import Tally
 
@@ -56,7 +56,7 @@ class Succession:
         self._watched: list[int] = []
         self._looking: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
-        self._after = After.NOTHING
+        self._after = ChildExitAction.NOTHING
         self._leaving: asyncio.Task[None] | None = None
         self._watch()
 
@@ -106,15 +106,15 @@ class Succession:
         self._unwatch()
         record = self._record()
         self._after = self._hot.child_ended()
-        if self._after is After.NOTHING:
+        if self._after is ChildExitAction.NOTHING:
             record.note(outcome="failed", reason="the child ended before it had taken over")
         self._watch()
         self._ended.set()
 
     def _record(self) -> Record:
         child = self._hot.child
-        birth, pid = (child.birth, child.pid) if child is not None else (0, 0)
-        return Record(self._directory, birth, pid, "parent", logger)
+        takeover_id, pid = (child.takeover_id, child.pid) if child is not None else (0, 0)
+        return Record(self._directory, takeover_id, pid, "parent", logger)
 
     def _tally(self) -> dict[str, int]:
         return asdict(self._serving.tally)
@@ -148,7 +148,7 @@ class Succession:
         child = self._hot.child
         successor = None
         if child is not None and not self._settings.no_handover:
-            successor = Successor(self._directory, child.birth)
+            successor = Successor(self._directory, child.takeover_id)
         given = sorted(child.given) if child is not None else []
         await self._serving.pause(successor)
         drain = asyncio.ensure_future(
@@ -161,7 +161,7 @@ class Succession:
                 self._drained(drain, record)
             if not ended.done():
                 await asyncio.wait({ended}, timeout=max(0.0, window - self._loop.time()))
-            if ended.done() and self._after is After.RESUME:
+            if ended.done() and self._after is ChildExitAction.RESUME:
                 drain.cancel()
                 await self._serving.resume()
                 self._leaving = None

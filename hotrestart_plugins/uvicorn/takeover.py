@@ -13,14 +13,14 @@ from typing import NoReturn
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
-from hotrestart_plugins import address as addresses
-from hotrestart_plugins.address import Address
 from hotrestart_plugins.connections import Successor
+from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core.address import Address
+from hotrestart_plugins.core.hot_restart import HotRestart, Role
+from hotrestart_plugins.core.record import Record
+from hotrestart_plugins.core.rendezvous import default_directory
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
 from hotrestart_plugins.probe import Probe
-from hotrestart_plugins.protocol import HotRestart, Role
-from hotrestart_plugins.record import Record
-from hotrestart_plugins.rendezvous import default_directory
 from hotrestart_plugins.settings import Settings
 
 logger = logging.getLogger("uvicorn.error")
@@ -96,7 +96,7 @@ class Takeover:
         self.hot = HotRestart(takeover_timeout=self.settings.takeover_timeout, logger=logger)
         self.directory = directory
         if self.hot.initialize(directory, len(names)) is Role.CHILD:
-            self._record = Record(directory, self.hot.birth, os.getpid(), "child", logger)
+            self._record = Record(directory, self.hot.takeover_id, os.getpid(), "child", logger)
             self._record.note("started")
         return self.hot
 
@@ -136,7 +136,7 @@ class Takeover:
         """What this instance is to its parent, where it takes connections in; else None."""
         if self.hot is None or not self.is_child or self.settings.no_handover:
             return None
-        return Successor(self.directory, self.hot.birth)
+        return Successor(self.directory, self.hot.takeover_id)
 
     @property
     def parent_pid(self) -> int:

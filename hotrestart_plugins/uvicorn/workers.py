@@ -113,8 +113,8 @@ class WorkerServer(DrainingServer):
             if word == RESUME:
                 await self.resume()
                 return
-            deadline, directory, birth = json.loads(rest)
-            await self.pause(Successor(Path(directory), birth) if directory else None)
+            deadline, directory, takeover_id = json.loads(rest)
+            await self.pause(Successor(Path(directory), takeover_id) if directory else None)
         except Exception:
             logger.exception("Cannot %s: worker [%d] drains and leaves", word.decode(), os.getpid())
             self.should_exit = True
@@ -416,7 +416,11 @@ class Conductor:
         self.replaced = True
         self.tally = Tally()
         deadline = time.monotonic() + self._settings.drain_timeout  # one clock for all processes
-        where = (str(successor.directory), successor.birth) if successor is not None else (None, 0)
+        where = (
+            (str(successor.directory), successor.takeover_id)
+            if successor is not None
+            else (None, 0)
+        )
         for process, said in self._said.items():
             said -= {PAUSED, DRAINED}
             process.say(PAUSE + b" " + json.dumps([deadline, *where]).encode())

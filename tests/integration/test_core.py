@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hotrestart_plugins.rendezvous import CHILD_SOCKET, PARENT_SOCKET
+from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, PARENT_SOCKET
 from tests.processes import (
     TIMEOUT,
     Instance,
@@ -148,9 +148,9 @@ def test_an_instance_holds_what_the_first_held(processes: Processes, meet: Path)
 
 
 def test_the_references_moment(processes: Processes, meet: Path) -> None:
-    """Moment.INHERITED: the parent goes when the last listener was asked for, without ready()."""
+    """TerminatePolicy.INHERITED: the last listener asked for makes the parent go, ready or not."""
     addresses = free_addresses(2)
-    options = {"moment": "inherited"}
+    options = {"terminate_policy": "inherited"}
     parent = processes.instance()
     assert parent.call("initialize", str(meet), 2, options) == "parent"
     parent.call("listen", addresses)

@@ -15,8 +15,8 @@ import pytest
 
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, free_port
 from demo_app.load import LoadProcess, Mix
-from hotrestart_plugins.address import parse
-from hotrestart_plugins.rendezvous import default_directory
+from hotrestart_plugins.core.address import parse
+from hotrestart_plugins.core.rendezvous import default_directory
 from tests.integration.gunicorns import (
     EACH_WORKER,
     EX_CONFIG,

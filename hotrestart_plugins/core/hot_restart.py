@@ -20,25 +20,33 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from hotrestart_plugins import address as addresses
-from hotrestart_plugins import credentials
-from hotrestart_plugins.address import Address
+from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core import credentials
+from hotrestart_plugins.core.address import Address
+from hotrestart_plugins.core.bind import DEFAULT_BACKLOG, bind_fresh
+from hotrestart_plugins.core.datagram import SLICE, Endpoint, Packet, Sender
+from hotrestart_plugins.core.events import Logger
+from hotrestart_plugins.core.listeners import OwnedPath, RegisteredListener
+from hotrestart_plugins.core.messages import (
+    PassFdRequest,
+    PassFdResponse,
+    TerminateParentRequest,
+    parse,
+)
+from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, RendezvousDirectory
+from hotrestart_plugins.core.takeover_client import TakeoverClient
+from hotrestart_plugins.core.takeover_server import Child
 from hotrestart_plugins.errors import (
     AddressError,
     ConfigurationError,
     HotRestartError,
-    MeetingPlaceError,
     MessageError,
     NoAnswer,
     ParentGone,
+    RendezvousError,
     WrongDescriptor,
     WrongPeer,
 )
-from hotrestart_plugins.inquiry import Inquiry
-from hotrestart_plugins.peers import Child, Held, Logger
-from hotrestart_plugins.rendezvous import CHILD_SOCKET, Claim, MeetingPlace
-from hotrestart_plugins.transport import SLICE, Endpoint, Packet, Sender
-from hotrestart_plugins.wire import PassFdRequest, PassFdResponse, TerminateParentRequest, parse
 
 _BATCH = 64  # datagrams that one handle() reads, so that a flood cannot starve the host's loop
 _LOUD_DROPS = 5  # datagrams in a row that are complained of aloud; the rest at debug level
@@ -50,13 +58,13 @@ class Role(enum.Enum):
 
     NEW = "new"
     CHILD = "child"  # found a parent, and is taking over from it
-    FIRST = "first parent"  # found nobody, and is not ready yet
+    INITIAL = "first parent"  # found nobody, and is not ready yet
     PARENT = "parent"  # serves, and answers who asks
     REPLACED = "replaced"  # was told to go: drains, and stands by
     CLOSED = "closed"
 
 
-class Moment(enum.Enum):
+class TerminatePolicy(enum.Enum):
     """When the parent is told to go."""
 
     READY = "ready"
@@ -65,7 +73,7 @@ class Moment(enum.Enum):
     """As soon as every listener was asked for, ready or not: what Volo does."""
 
 
-class After(enum.Enum):
+class ChildExitAction(enum.Enum):
     """What the end of the child means to the instance that it took over from, or would have."""
 
     NOTHING = "nothing"
@@ -94,7 +102,7 @@ class HotRestart:
         self,
         *,
         takeover_timeout: float = 30.0,
-        moment: Moment = Moment.READY,
+        terminate_policy: TerminatePolicy = TerminatePolicy.READY,
         logger: Logger | None = None,
     ) -> None:
         """Nothing is opened yet.
@@ -107,20 +115,20 @@ class HotRestart:
         self.takeover_timeout = takeover_timeout
         self.parent_pid = 0
         """The pid of the instance taken over from, once it has answered; 0 if there is none."""
-        self.birth = 0
-        """What names this instance as a child, see `MeetingPlace.child_birth`; 0 if it is none."""
-        self._moment = moment
+        self.takeover_id = 0
+        """Names this instance as a child; see `RendezvousDirectory`. 0 if it is none."""
+        self._terminate_policy = terminate_policy
         self._log: Logger = logger or logging.getLogger("hotrestart")
-        self._place: MeetingPlace | None = None
-        self._inquiry: Inquiry | None = None
+        self._rendezvous: RendezvousDirectory | None = None
+        self._client: TakeoverClient | None = None
         self._endpoint: Endpoint | None = None
-        self._claim: Claim | None = None
-        self._held: dict[str, Held] = {}
+        self._owned_path: OwnedPath | None = None
+        self._registered: dict[str, RegisteredListener] = {}
         self._expected = 0
         self._asked: set[str] = set()
         self._inherited: dict[str, Address] = {}
         self._passed_on: frozenset[str] = frozenset()
-        self._patience = 0.0
+        self._bind_deadline = 0.0
         self._drops = 0
 
     # -- the child's side ----------------------------------------------------------------------
@@ -129,48 +137,50 @@ class HotRestart:
         """Meet in `sock_dir`: become the child of who serves there, or the first parent.
 
         `listener_num` is how many listeners this instance will have; 0: not told, and then
-        `Moment.INHERITED` cannot be reached. Waits for its turn, `takeover_timeout` seconds at
-        most. Raises MeetingPlaceError, Busy, NoAnswer; leaves nothing open then.
+        `TerminatePolicy.INHERITED` cannot be reached. Waits for its turn, `takeover_timeout`
+        seconds at most. Raises RendezvousError, Busy, NoAnswer; leaves nothing open then.
         """
         if self.role is not Role.NEW:
             return self.role
-        place = MeetingPlace(Path(sock_dir))
+        rendezvous = RendezvousDirectory(Path(sock_dir))
         deadline = time.monotonic() + self.takeover_timeout
         with contextlib.ExitStack() as undo:
-            undo.callback(place.close)
+            undo.callback(rendezvous.close)
             try:
-                place.lock(self.takeover_timeout, waiting=self._waiting)
-                endpoint, claim = place.bind_child(max(0.0, deadline - time.monotonic()))
+                rendezvous.locks.take_turn(self.takeover_timeout, waiting=self._waiting)
+                endpoint, owned_path = rendezvous.bind_child(max(0.0, deadline - time.monotonic()))
             except OSError as error:
-                raise _unusable(place, error) from error
-            inquiry = Inquiry(place, endpoint, claim, self.takeover_timeout)
-            undo.callback(inquiry.close)
-            found = self._find_parent(place, inquiry, deadline)
+                raise _unusable(rendezvous, error) from error
+            client = TakeoverClient(rendezvous, endpoint, owned_path, self.takeover_timeout)
+            undo.callback(client.close)
+            found = self._find_parent(rendezvous, client, deadline)
             undo.pop_all()
-        self._place, self._expected = place, listener_num
+        self._rendezvous, self._expected = rendezvous, listener_num
         _alive.add(self)
         if found:
-            self._inquiry = inquiry
-            self.birth = place.child_birth()
+            self._client = client
+            self.takeover_id = rendezvous.child_takeover_id()
             self.role = Role.CHILD
-            self._log.debug("An instance serves in %s: taking over from it", place.directory)
+            self._log.debug("An instance serves in %s: taking over from it", rendezvous.directory)
         else:
-            inquiry.close()
-            self.role = Role.FIRST
-            self._log.debug("Nobody serves in %s", place.directory)
-            if os.path.lexists(place.parent_path):  # of an instance that was killed
-                self._patience = time.monotonic() + self.takeover_timeout
-            if self._moment is Moment.INHERITED:
+            client.close()
+            self.role = Role.INITIAL
+            self._log.debug("Nobody serves in %s", rendezvous.directory)
+            if os.path.lexists(rendezvous.parent_path):  # of an instance that was killed
+                self._bind_deadline = time.monotonic() + self.takeover_timeout
+            if self._terminate_policy is TerminatePolicy.INHERITED:
                 self._serve(lambda: None)
         return self.role
 
     def _waiting(self, holder: int) -> None:
         self._log.info("pid %s is not ready yet: waiting for this instance's turn", holder)
 
-    def _find_parent(self, place: MeetingPlace, inquiry: Inquiry, deadline: float) -> bool:
+    def _find_parent(
+        self, rendezvous: RendezvousDirectory, client: TakeoverClient, deadline: float
+    ) -> bool:
         """Connect to the parent; wait for one that stands by to take its name back."""
-        while not inquiry.connect():
-            pid = place.standing_by()
+        while not client.connect():
+            pid = rendezvous.locks.standing_by()
             if pid is None:
                 return False
             if time.monotonic() >= deadline:
@@ -194,15 +204,20 @@ class HotRestart:
         """The parent's listener for each, the caller's to close, or an error and none."""
         found: list[socket.socket | None] = []
         try:
-            while self._inquiry is not None and len(found) < len(wanted):
+            while self._client is not None and len(found) < len(wanted):
                 rest = wanted[len(found) :]
                 try:
                     self._ask(
-                        self._inquiry, rest if self._moment is Moment.READY else rest[:1], found
+                        self._client,
+                        rest if self._terminate_policy is TerminatePolicy.READY else rest[:1],
+                        found,
                     )
                 except ParentGone:
-                    self._parent_gone(self._inquiry)
-                if self._moment is Moment.INHERITED and len(self._asked) == self._expected:
+                    self._parent_gone(self._client)
+                if (
+                    self._terminate_policy is TerminatePolicy.INHERITED
+                    and len(self._asked) == self._expected
+                ):
                     self._take_over()
         except BaseException:
             for sock in found:
@@ -212,12 +227,12 @@ class HotRestart:
         return found + [None] * (len(wanted) - len(found))
 
     def _ask(
-        self, inquiry: Inquiry, wanted: list[Address], found: list[socket.socket | None]
+        self, client: TakeoverClient, wanted: list[Address], found: list[socket.socket | None]
     ) -> None:
         """Add the answer for each to what was `found`, as far as the parent gives any."""
-        for one, sock in zip(wanted, inquiry.ask(wanted), strict=True):
+        for one, sock in zip(wanted, client.ask(wanted), strict=True):
             found.append(sock)
-            self.parent_pid = inquiry.parent_pid
+            self.parent_pid = client.parent_pid
             self._asked.add(one.name)
             if sock is None:
                 self._log.debug("pid %s has no listener on %s", self.parent_pid, one)
@@ -225,15 +240,15 @@ class HotRestart:
                 self._inherited[one.name] = one
                 self._log.debug("Inherited %s from pid %s", one, self.parent_pid)
 
-    def _parent_gone(self, inquiry: Inquiry) -> None:
+    def _parent_gone(self, client: TakeoverClient) -> None:
         """Turn to the instance that stood by and serves again, if there is one, or go on alone.
 
         Alone, what was inherited lives on here. The other one is asked again for what was
         inherited, the same sockets, to let it know that they are served here too.
         """
         ended = self.parent_pid or "unknown"
-        self._patience = time.monotonic() + self.takeover_timeout
-        if self._find_parent(_open(self._place), inquiry, self._patience):
+        self._bind_deadline = time.monotonic() + self.takeover_timeout
+        if self._find_parent(_open(self._rendezvous), client, self._bind_deadline):
             self._log.warning("pid %s has ended: taking over from the one that serves now", ended)
             for sock in self._inherit(list(self._inherited.values())):
                 if sock is not None:
@@ -242,34 +257,34 @@ class HotRestart:
         self._log.warning(
             "The instance taken over from (pid %s) has ended; this one goes on alone", ended
         )
-        self._close_inquiry()
-        self.role = Role.FIRST
+        self._close_client()
+        self.role = Role.INITIAL
 
     def listen(
         self,
         wanted: Iterable[str | Address],
         *,
-        backlog: int = addresses.DEFAULT_BACKLOG,
+        backlog: int = DEFAULT_BACKLOG,
         mode: int | None = None,
         v6only: bool | None = None,
     ) -> list[socket.socket]:
         """A listener for each address, inherited or bound fresh: all, or an error and none.
 
         Registers each; the caller owns the sockets. `backlog`, `mode` and `v6only` are for those
-        bound fresh, see `address.bind_fresh`. Raises AddressError, or what
+        bound fresh, see `bind.bind_fresh`. Raises AddressError, or what
         `dup_parent_listener_sock` raises; the parent is undisturbed then.
         """
         sought = [one if isinstance(one, Address) else _address_of(one) for one in wanted]
         found = self._inherit(sought)
         made: list[socket.socket] = []
-        files: list[Claim] = []
+        files: list[OwnedPath] = []
         try:
             for number, one in enumerate(sought):
                 sock = found[number]
                 if sock is None:
                     sock = found[number] = self._bind(one, backlog, mode, v6only=v6only)
                     if one.path is not None:
-                        files.append(Claim(one.path))
+                        files.append(OwnedPath(one.path))
                 self.register_listener_fd(one.name, sock.fileno())
                 made.append(sock)
         except BaseException:
@@ -288,15 +303,15 @@ class HotRestart:
         waiting = False
         while True:
             try:
-                return addresses.bind_fresh(one, backlog=backlog, mode=mode, v6only=v6only)
+                return bind_fresh(one, backlog=backlog, mode=mode, v6only=v6only)
             except AddressError as error:
                 cause = error.__cause__
-                if self._place is None or getattr(cause, "errno", None) != errno.EADDRINUSE:
+                if self._rendezvous is None or getattr(cause, "errno", None) != errno.EADDRINUSE:
                     raise
-                if time.monotonic() >= self._patience:
+                if time.monotonic() >= self._bind_deadline:
                     raise AddressError(
-                        f"{error}, which is not to be reached in {self._place.directory}: stop "
-                        "it, or pass the --hot-restart-dir that it was started with"
+                        f"{error}, which is not to be reached in {self._rendezvous.directory}: "
+                        "stop it, or pass the --hot-restart-dir that it was started with"
                     ) from cause
                 if not waiting:
                     self._log.info("%s, which may be a worker of a killed instance: waiting", error)
@@ -322,34 +337,34 @@ class HotRestart:
                         f"{self.parent_pid} serves that address on another socket: stop it first"
                     )
         self.register_listener_fd(bound.name, sock.fileno())
-        self._held[bound.name].claim = None
+        self._registered[bound.name].owned_path = None
 
     def register_listener_fd(self, addr: str, fd: int) -> None:
         """Hand `fd` to whoever asks for `addr`. A duplicate is kept; `fd` stays the caller's."""
         path = _address_of(addr).path if addr.startswith("/") else None
         try:
-            held = Held(fd, path)
+            listener = RegisteredListener(fd, path)
         except OSError as error:
             raise ConfigurationError(
                 f"descriptor {fd} cannot be kept for {addr}: {error.strerror}"
             ) from error
         self._forget(addr)
-        self._held[addr] = held
+        self._registered[addr] = listener
 
     def drop(self, addr: str) -> None:
         """No longer hand this listener on; its path goes if no other instance has the listener.
 
         The caller's own descriptor stays the caller's.
         """
-        held = self._held.get(addr)
-        if held is not None and held.claim is not None and self._is_last(addr):
-            held.claim.release()
+        listener = self._registered.get(addr)
+        if listener is not None and listener.owned_path is not None and self._is_last(addr):
+            listener.owned_path.release()
         self._forget(addr)
 
     def _forget(self, name: str) -> None:
-        held = self._held.pop(name, None)
-        if held is not None:
-            held.close()
+        listener = self._registered.pop(name, None)
+        if listener is not None:
+            listener.close()
 
     @property
     def inherited(self) -> frozenset[str]:
@@ -359,7 +374,7 @@ class HotRestart:
     @property
     def listeners(self) -> tuple[str, ...]:
         """The addresses that are registered."""
-        return tuple(self._held)
+        return tuple(self._registered)
 
     # -- becoming the parent -------------------------------------------------------------------
 
@@ -370,44 +385,45 @@ class HotRestart:
         NoAnswer if the parent cannot be told; the parent has its name back then. Calling it again
         does nothing.
         """
-        if self.role not in (Role.CHILD, Role.FIRST):
+        if self.role not in (Role.CHILD, Role.INITIAL):
             return
-        if len(self._held) < self._expected:
+        if len(self._registered) < self._expected:
             raise ConfigurationError(
-                f"ready with {len(self._held)} of {self._expected} listeners: register the others"
+                f"ready with {len(self._registered)} of {self._expected} listeners: "
+                "register the others"
             )
         self._take_over()
 
     def _take_over(self) -> None:
-        while self._inquiry is not None:
-            self._inquiry.check()
-            if self._inquiry.parent_serves():
+        while self._client is not None:
+            self._client.check()
+            if self._client.parent_serves():
                 break
-            self._parent_gone(self._inquiry)
-        inquiry = self._inquiry
-        if inquiry is None:
+            self._parent_gone(self._client)
+        client = self._client
+        if client is None:
             self._serve(lambda: None)
             return
 
         def tell() -> None:
-            if inquiry.tell_to_go():
+            if client.tell_to_go():
                 self._log.info("Took over from pid %s", self.parent_pid)
             else:
                 self._log.warning("pid %s had ended before it was told to go", self.parent_pid)
 
         self._serve(tell)
-        self._close_inquiry()
-        _open(self._place).unlock()
+        self._close_client()
+        _open(self._rendezvous).locks.end_turn()
 
     def _serve(self, tell: Callable[[], None]) -> None:
-        place = _open(self._place)
+        rendezvous = _open(self._rendezvous)
         try:
-            self._endpoint, self._claim = place.claim_parent(tell)
+            self._endpoint, self._owned_path = rendezvous.claim_parent(tell)
         except OSError as error:
-            raise _unusable(place, error) from error
+            raise _unusable(rendezvous, error) from error
         self.role = Role.PARENT
-        if self._inquiry is None:
-            place.unlock()
+        if self._client is None:
+            rendezvous.locks.end_turn()
 
     # -- the parent's side ---------------------------------------------------------------------
 
@@ -448,7 +464,7 @@ class HotRestart:
             raise MessageError("a descriptor that nobody asked for")
         path = packet.sender.path
         # By its last part: a Volo process may have been told of the directory by another path.
-        if path != _open(self._place).child_path and os.path.basename(path) != CHILD_SOCKET:
+        if path != _open(self._rendezvous).child_path and os.path.basename(path) != CHILD_SOCKET:
             raise WrongPeer("a message that does not come from the child socket")
         if isinstance(message, PassFdRequest):
             self._respond(message.address, packet.sender.pid)
@@ -466,9 +482,9 @@ class HotRestart:
     def _respond(self, name: str, pid: int) -> None:
         if self.role is not Role.PARENT:
             raise WrongPeer(f"a request for {name} after this instance was replaced")
-        birth = _open(self._place).child_birth()
-        if self.child is None or (self.child.pid, self.child.birth) != (pid, birth):
-            child = Child(pid, birth, _open(self._place).succeeded)
+        takeover_id = _open(self._rendezvous).child_takeover_id()
+        if self.child is None or (self.child.pid, self.child.takeover_id) != (pid, takeover_id):
+            child = Child(pid, takeover_id, _open(self._rendezvous).succeeded)
             if not child.alive:
                 # The answer would reach whoever asks from that name now.
                 child.close()
@@ -476,7 +492,7 @@ class HotRestart:
             self.forget_child()
             self.child = child
             with contextlib.suppress(OSError):
-                _open(self._place).stand_by()
+                _open(self._rendezvous).locks.stand_by()
             self._log.info("pid %s asks for this instance's listeners", pid)
             if not pid:
                 self._log.warning(
@@ -484,19 +500,19 @@ class HotRestart:
                 )
         elif not self.child.alive:
             raise WrongPeer(f"its request for {name} comes from a process that has ended")
-        held = self._held.get(name)
+        listener = self._registered.get(name)
         try:
             _open(self._endpoint).send(
                 PassFdResponse().serialize(),
-                fd=held.fd if held is not None else -1,
-                to=_open(self._place).child_path,
+                fd=listener.fd if listener is not None else -1,
+                to=_open(self._rendezvous).child_path,
             )
         except OSError as error:
             self._log.warning("pid %s cannot be answered for %s: %s", pid, name, error.strerror)
             return
-        if held is not None:
+        if listener is not None:
             self.child.given.add(name)
-        self._log.debug("Answered pid %s for %s: %s", pid, name, "given" if held else "none")
+        self._log.debug("Answered pid %s for %s: %s", pid, name, "given" if listener else "none")
 
     def _terminate(self, pid: int) -> None:
         if self.role is not Role.PARENT:
@@ -506,7 +522,7 @@ class HotRestart:
         self.role = Role.REPLACED
         self._passed_on = frozenset(self.child.given)
         self._log.info("pid %s has taken over", pid)
-        for name in sorted(self._held.keys() - self._passed_on):
+        for name in sorted(self._registered.keys() - self._passed_on):
             self._log.warning("pid %s does not listen on %s: it ends with this instance", pid, name)
 
     def forget_child(self) -> None:
@@ -515,49 +531,51 @@ class HotRestart:
             self.child.close()
             self.child = None
 
-    def child_ended(self) -> After:
-        """The child's pidfd is readable: what that means, and on `After.RESUME` take back.
+    def child_ended(self) -> ChildExitAction:
+        """The child's pidfd is readable: what that means; takes back on `ChildExitAction.RESUME`.
 
         A dead parent socket at the name says that the successor crashed; no socket, that it was
         stopped on purpose; a live one, that somebody serves.
         """
         pid = self.child.pid if self.child is not None else 0
         if self.child is not None and self.child.alive:
-            return After.NOTHING  # another asks meanwhile: it was the one before who ended
+            return (
+                ChildExitAction.NOTHING
+            )  # another asks meanwhile: it was the one before who ended
         self.forget_child()
-        place = _open(self._place)
+        rendezvous = _open(self._rendezvous)
         if self.role is Role.PARENT:
-            if self._claim is None or not self._claim.holds():
-                self._take_back(place)  # it died between claiming the name and saying so
-            place.stand_down()
+            if self._owned_path is None or not self._owned_path.holds():
+                self._take_back(rendezvous)  # it died between claiming the name and saying so
+            rendezvous.locks.stand_down()
             self._log.warning("pid %s ended before it had taken over; serving on", pid)
-            return After.NOTHING
-        if place.parent_answers() or not os.path.lexists(place.parent_path):
+            return ChildExitAction.NOTHING
+        if rendezvous.parent_answers() or not os.path.lexists(rendezvous.parent_path):
             self.stand_down()
             self._log.info("pid %s has ended, and leaves nothing to serve again for", pid)
-            return After.LEAVE
-        self._take_back(place)
-        place.stand_down()
+            return ChildExitAction.LEAVE
+        self._take_back(rendezvous)
+        rendezvous.locks.stand_down()
         self._log.error("pid %s died after it had taken over: this instance serves again", pid)
-        return After.RESUME
+        return ChildExitAction.RESUME
 
-    def _take_back(self, place: MeetingPlace) -> None:
+    def _take_back(self, rendezvous: RendezvousDirectory) -> None:
         try:
-            endpoint, claim = place.claim_parent(lambda: None)
+            endpoint, owned_path = rendezvous.claim_parent(lambda: None)
         except OSError as error:
             # Serving matters more than being found: the next instance will say what is wrong.
             self._log.error("The parent socket cannot be taken back: %s", error)
             return
         self._close_endpoint()
-        self._endpoint, self._claim = endpoint, claim
+        self._endpoint, self._owned_path = endpoint, owned_path
         self._passed_on = frozenset()
         self.role = Role.PARENT
 
     def stand_down(self) -> None:
         """The rollback window is over: no longer take the name back."""
-        if self._place is not None:
+        if self._rendezvous is not None:
             with contextlib.suppress(OSError):
-                self._place.stand_down()
+                self._rendezvous.locks.stand_down()
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -570,38 +588,38 @@ class HotRestart:
         """
         if self.role in (Role.NEW, Role.CLOSED):
             return
-        for name, held in self._held.items():
-            if held.claim is not None and self._is_last(name):
-                held.claim.release()
-            held.close()
-        self._held.clear()
+        for name, listener in self._registered.items():
+            if listener.owned_path is not None and self._is_last(name):
+                listener.owned_path.release()
+            listener.close()
+        self._registered.clear()
         if crashed:
-            self._claim = None
-        self._close_inquiry()
+            self._owned_path = None
+        self._close_client()
         self._close_endpoint()
         self.forget_child()
-        _open(self._place).close()
-        self._place = None
+        _open(self._rendezvous).close()
+        self._rendezvous = None
         self.role = Role.CLOSED
         _alive.discard(self)
 
     def _is_last(self, name: str) -> bool:
         """Whether no other instance holds, or will need, the listener."""
         if self.role is Role.CHILD and name in self._inherited:
-            return not _open(self._place).parent_answers()
+            return not _open(self._rendezvous).parent_answers()
         if name in self._passed_on:
             return False
         return self.child is None or name not in self.child.given or not self.child.alive
 
-    def _close_inquiry(self) -> None:
-        if self._inquiry is not None:
-            self._inquiry.close()
-            self._inquiry = None
+    def _close_client(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     def _close_endpoint(self) -> None:
-        if self._claim is not None and self.role is not Role.REPLACED:
-            self._claim.release()
-        self._claim = None
+        if self._owned_path is not None and self.role is not Role.REPLACED:
+            self._owned_path.release()
+        self._owned_path = None
         if self._endpoint is not None:
             self._endpoint.close()
             self._endpoint = None
@@ -611,18 +629,18 @@ class HotRestart:
 
         Called by itself after each fork.
         """
-        for held in self._held.values():
-            held.close()
-        self._held.clear()
-        if self._inquiry is not None:
-            self._inquiry.disown()
+        for listener in self._registered.values():
+            listener.close()
+        self._registered.clear()
+        if self._client is not None:
+            self._client.disown()
         if self._endpoint is not None:
             self._endpoint.close()
-        self._inquiry = self._endpoint = self._claim = None
+        self._client = self._endpoint = self._owned_path = None
         self.forget_child()
-        if self._place is not None:
-            self._place.close()
-            self._place = None
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+            self._rendezvous = None
         self.role = Role.CLOSED
 
 
@@ -637,9 +655,9 @@ def _address_of(text: str) -> Address:
     return found[0]
 
 
-def _unusable(place: MeetingPlace, error: OSError) -> MeetingPlaceError:
-    return MeetingPlaceError(
-        f"{place.directory} cannot be used to meet in: {error.strerror}: "
+def _unusable(rendezvous: RendezvousDirectory, error: OSError) -> RendezvousError:
+    return RendezvousError(
+        f"{rendezvous.directory} cannot be used to meet in: {error.strerror}: "
         "pass another --hot-restart-dir"
     )
 

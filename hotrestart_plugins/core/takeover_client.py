@@ -8,9 +8,18 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 
-from hotrestart_plugins import address as addresses
-from hotrestart_plugins import credentials
-from hotrestart_plugins.address import Address
+from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core import credentials
+from hotrestart_plugins.core.address import Address
+from hotrestart_plugins.core.datagram import GONE, SLICE, Endpoint, Packet
+from hotrestart_plugins.core.listeners import OwnedPath
+from hotrestart_plugins.core.messages import (
+    PassFdRequest,
+    PassFdResponse,
+    TerminateParentRequest,
+    parse,
+)
+from hotrestart_plugins.core.rendezvous import RendezvousDirectory
 from hotrestart_plugins.errors import (
     MessageError,
     NoAnswer,
@@ -19,23 +28,21 @@ from hotrestart_plugins.errors import (
     WrongDescriptor,
     WrongPeer,
 )
-from hotrestart_plugins.rendezvous import Claim, MeetingPlace
-from hotrestart_plugins.transport import GONE, SLICE, Endpoint, Packet
-from hotrestart_plugins.wire import (
-    PassFdRequest,
-    PassFdResponse,
-    TerminateParentRequest,
-    parse,
+
+_MAX_PENDING = (
+    8  # requests on their way at once: a socket's queue holds 10 (net.unix.max_dgram_qlen)
 )
 
-_AHEAD = 8  # requests on their way at once: a socket's queue holds 10 (net.unix.max_dgram_qlen)
 
-
-class Inquiry:
+class TakeoverClient:
     """What a child asks of its parent. Owns the child's endpoint and its name."""
 
     def __init__(
-        self, place: MeetingPlace, endpoint: Endpoint, claim: Claim, timeout: float
+        self,
+        rendezvous: RendezvousDirectory,
+        endpoint: Endpoint,
+        owned_path: OwnedPath,
+        timeout: float,
     ) -> None:
         """`endpoint` is bound to the child's name; `connect` comes next.
 
@@ -43,24 +50,24 @@ class Inquiry:
         """
         self.parent_pid = 0
         """By the kernel's word, once it has answered; 0 before."""
-        self._place = place
+        self._rendezvous = rendezvous
         self._endpoint = endpoint
-        self._claim = claim
+        self._owned_path = owned_path
         self._timeout = timeout
         self._broken = ""
-        self._peer: Claim | None = None
+        self._peer: OwnedPath | None = None
 
     def connect(self) -> bool:
         """Turn to whoever serves now; False if nobody does."""
         # Looked at before, so that whoever comes to the name in between counts as somebody else.
         with contextlib.suppress(FileNotFoundError):
-            self._peer = Claim(self._place.parent_path)
+            self._peer = OwnedPath(self._rendezvous.parent_path)
         self.parent_pid = 0
-        return self._place.connect_to_parent(self._endpoint)
+        return self._rendezvous.connect_to_parent(self._endpoint)
 
     def parent_serves(self) -> bool:
         """Whether the instance that this is connected to still answers, and at its name."""
-        return self._peer is not None and self._peer.holds() and self._place.parent_answers()
+        return self._peer is not None and self._peer.holds() and self._rendezvous.parent_answers()
 
     def check(self) -> None:
         """Raise TakeoverError if an earlier question failed: its answer may still come."""
@@ -81,7 +88,7 @@ class Inquiry:
         try:
             for number, one in enumerate(wanted):
                 deadline = time.monotonic() + self._timeout
-                while not refused and sent < min(len(wanted), number + _AHEAD):
+                while not refused and sent < min(len(wanted), number + _MAX_PENDING):
                     refused = self._send(wanted[sent], deadline)
                     sent += not refused
                 packet = self._receive(one, deadline, refused if sent <= number else "")
@@ -185,7 +192,7 @@ class Inquiry:
 
     def close(self) -> None:
         """Close the endpoint and give the name back."""
-        self._claim.release()
+        self._owned_path.release()
         self._endpoint.close()
 
     def disown(self) -> None:

@@ -27,26 +27,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hotrestart_plugins.peers import Logger
+from hotrestart_plugins.core.events import Logger
 
 KEPT = 8
 """Records that are kept; older ones are removed."""
 
 _PREFIX = "handover-"
-_PATIENCE = 1.0  # seconds to wait for the other side, which writes for less than a millisecond
+_LOCK_TIMEOUT = 1.0  # seconds to wait for the other side, which writes for less than a millisecond
 
 
 class Record:
     """One takeover's record. Owns no descriptor between two calls."""
 
     def __init__(
-        self, directory: Path, birth: int, child_pid: int, side: str, logger: Logger
+        self, directory: Path, takeover_id: int, child_pid: int, side: str, logger: Logger
     ) -> None:
-        """`birth`: the child's, see `MeetingPlace.child_birth`.
+        """`takeover_id`: the child's, see `RendezvousDirectory.child_takeover_id`.
 
         `side`: 'parent' or 'child', which one this process is.
         """
-        seconds, rest = divmod(birth, 1_000_000)
+        seconds, rest = divmod(takeover_id, 1_000_000)
         when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
         self.path = directory / f"{_PREFIX}{when}.{rest:06d}Z.json"
         self._side = side
@@ -95,7 +95,7 @@ def _locked(directory: Path) -> Iterator[None]:
     """Keep the other side from writing at the same time."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _LOCK_TIMEOUT
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,8 +14,8 @@ import struct
 import time
 from typing import NamedTuple
 
-from hotrestart_plugins import credentials
-from hotrestart_plugins.wire import MAX_DATAGRAM
+from hotrestart_plugins.core import credentials
+from hotrestart_plugins.core.messages import MAX_DATAGRAM
 
 _FD = struct.Struct("=i")
 # Room for the credentials and one descriptor. Alignment lets a second descriptor in without

@@ -1,0 +1,1 @@
+"""The takeover of listeners: the standard library alone, no loop, no thread, no server."""

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from hotrestart_plugins import connections
-from hotrestart_plugins.connections import MOST, Kind, Successor
 from hotrestart_plugins.core.rendezvous import PARENT_SOCKET
 from hotrestart_plugins.errors import MessageError
-from hotrestart_plugins.moving import Receiver
+from hotrestart_plugins.handover import frames
+from hotrestart_plugins.handover.frames import MAX_DESCRIPTORS, ConnectionState, HandoverTarget
+from hotrestart_plugins.handover.receiver import ConnectionReceiver
 from tests.processes import DEADLINE
 
 LOG = logging.getLogger(__name__)
@@ -36,14 +36,17 @@ def channel(no_leak: None) -> Iterator[Channel]:
 
 def test_a_batch_arrives_in_its_order(channel: Channel) -> None:
     ours, theirs = channel
-    pairs = [socket.socketpair() for _ in range(MOST)]
-    kinds = [Kind.IDLE if index % 3 else Kind.UNREAD for index in range(MOST)]
-    sent = [(pair[0].fileno(), kind) for pair, kind in zip(pairs, kinds, strict=True)]
-    connections.send(ours, 7, sent)
-    found = connections.receive(theirs)
+    pairs = [socket.socketpair() for _ in range(MAX_DESCRIPTORS)]
+    states = [
+        ConnectionState.IDLE if index % 3 else ConnectionState.FRESH
+        for index in range(MAX_DESCRIPTORS)
+    ]
+    sent = [(pair[0].fileno(), state) for pair, state in zip(pairs, states, strict=True)]
+    frames.send(ours, 7, sent)
+    found = frames.receive(theirs)
     assert found is not None
     number, arrivals = found
-    assert (number, [one.kind for one in arrivals]) == (7, kinds)
+    assert (number, [one.state for one in arrivals]) == (7, states)
     for index, (pair, arrival) in enumerate(zip(pairs, arrivals, strict=True)):
         assert not os.get_inheritable(arrival.sock.fileno())
         pair[0].close()
@@ -54,29 +57,29 @@ def test_a_batch_arrives_in_its_order(channel: Channel) -> None:
 
 def test_an_acknowledgement_is_the_number(channel: Channel) -> None:
     ours, theirs = channel
-    connections.acknowledge(theirs, 7)
-    assert connections.acknowledged(ours) == 7
+    frames.acknowledge(theirs, 7)
+    assert frames.acknowledged(ours) == 7
     theirs.close()
-    assert connections.acknowledged(ours) is None
+    assert frames.acknowledged(ours) is None
 
 
 def test_what_was_acknowledged_before_the_end_counts(channel: Channel) -> None:
     ours, theirs = channel
-    connections.acknowledge(theirs, 1)
-    connections.acknowledge(theirs, 2)
-    assert connections.cut(ours) == [1, 2]
+    frames.acknowledge(theirs, 1)
+    frames.acknowledge(theirs, 2)
+    assert frames.cut(ours) == [1, 2]
     with pytest.raises(BrokenPipeError):
-        connections.acknowledge(theirs, 3)
+        frames.acknowledge(theirs, 3)
 
 
 def test_so_it_does_where_the_other_side_closed_with_batches_unread(channel: Channel) -> None:
     """The kernel tells of that first, as an error."""
     ours, theirs = channel
     with socket.socket() as sock:
-        connections.send(ours, 1, [(sock.fileno(), Kind.IDLE)])
-        connections.acknowledge(theirs, 1)
+        frames.send(ours, 1, [(sock.fileno(), ConnectionState.IDLE)])
+        frames.acknowledge(theirs, 1)
         theirs.close()
-    assert connections.cut(ours) == [1]
+    assert frames.cut(ours) == [1]
 
 
 @pytest.mark.parametrize(
@@ -93,40 +96,40 @@ def test_a_message_that_is_not_understood_is_refused_whole(channel: Channel, dat
     with open(os.devnull) as file:
         socket.send_fds(ours, [data], [file.fileno()])
     with pytest.raises(MessageError):
-        connections.receive(theirs)
+        frames.receive(theirs)
 
 
 def test_a_message_without_a_whole_number_is_refused(channel: Channel) -> None:
     ours, theirs = channel
     ours.send(b"\1\0")
     with pytest.raises(MessageError):
-        connections.receive(theirs)
+        frames.receive(theirs)
 
 
 def test_a_descriptor_that_is_no_socket_is_closed(channel: Channel) -> None:
     ours, theirs = channel
     with open(os.devnull) as file:
-        connections.send(ours, 1, [(file.fileno(), Kind.IDLE)])
-    assert connections.receive(theirs) == (1, [])
+        frames.send(ours, 1, [(file.fileno(), ConnectionState.IDLE)])
+    assert frames.receive(theirs) == (1, [])
 
 
 def test_its_path_fits_where_that_of_the_parent_socket_does() -> None:
     """With the largest pid, 2^22, and a time of the year 2100."""
-    path = connections.path_of(Successor(Path("/"), 4102444800_000000), 1 << 22)
+    path = frames.path_of(HandoverTarget(Path("/"), 4102444800_000000), 1 << 22)
     assert len(path.name) <= len(PARENT_SOCKET)
 
 
 def test_what_the_killed_have_left_goes(meet: Path) -> None:
     """A path that nobody listens at, of another instance; a live one stays, and its own."""
     live, dead, own = (meet / f"moved.{name}" for name in ("1.2", "1.3", "9.8"))
-    with connections.listen(live) as listening:
-        connections.listen(dead).close()
+    with frames.listen(live) as listening:
+        frames.listen(dead).close()
         own.touch()
-        connections.listen(meet / "moved.9.9").close()
+        frames.listen(meet / "moved.9.9").close()
         assert (live.exists(), dead.exists(), own.exists()) == (True, False, True)
         channel, _ = listening.accept()  # it was asked whether it lives
         with channel:
-            assert connections.acknowledged(channel) is None
+            assert frames.acknowledged(channel) is None
 
 
 def test_no_room_for_a_channel(meet: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,12 +138,12 @@ def test_no_room_for_a_channel(meet: Path, caplog: pytest.LogCaptureFixture) -> 
 
 
 async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    came: list[connections.Arrival] = []
+    came: list[frames.ReceivedConnection] = []
     loop = asyncio.get_running_loop()
-    receiver = Receiver(path, came.extend, loop=loop, logger=LOG)
+    receiver = ConnectionReceiver(path, came.extend, loop=loop, logger=LOG)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.closing(receiver), connections.connect(path) as ours, socket.socket() as sock:
-        connections.send(ours, 1, [(sock.fileno(), Kind.IDLE)])
+    with contextlib.closing(receiver), frames.connect(path) as ours, socket.socket() as sock:
+        frames.send(ours, 1, [(sock.fileno(), ConnectionState.IDLE)])
         lowest_free = os.dup(0)
         os.close(lowest_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
@@ -156,7 +159,7 @@ async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
         loop.add_reader(ours.fileno(), acknowledged.set)
         await asyncio.wait_for(acknowledged.wait(), DEADLINE)
         loop.remove_reader(ours.fileno())
-        assert connections.acknowledged(ours) == 1
+        assert frames.acknowledged(ours) == 1
     for one in came:
         one.sock.close()
 
@@ -165,12 +168,12 @@ async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_who_may_not_look_finds_nobody(meet: Path) -> None:
     """A process that has become another user, in a directory below one that is closed to it, as
     the default ones are."""
-    successor = Successor(meet / "address", 9)
-    successor.directory.mkdir(0o700)
-    with connections.listen(connections.path_of(successor, 8)):
-        assert len(connections.receivers(successor)) == 1
+    target = HandoverTarget(meet / "address", 9)
+    target.directory.mkdir(0o700)
+    with frames.listen(frames.path_of(target, 8)):
+        assert len(frames.receivers(target)) == 1
         os.seteuid(STRANGER)
         try:
-            assert connections.receivers(successor) == []
+            assert frames.receivers(target) == []
         finally:
             os.seteuid(0)

@@ -15,14 +15,12 @@ PACKAGE = Path(hotrestart_plugins.__file__).parent
 NAME = "hotrestart_plugins"
 
 FLOORS = [
-    {"errors", "settings", "tally", "streams", "spreading"},
+    {"errors", "settings"},
     {"core"},
     {"__init__"},
-    {"connections"},
-    {"app", "probe", "endings", "moving", "holding", "intake"},
-    {"letting_go"},
-    {"draining", "starlette"},
-    {"uvicorn", "gunicorn", "cli"},
+    {"app", "handover", "draining", "lifecycle"},
+    {"starlette", "uvicorn"},
+    {"gunicorn"},
     {"gunicorn_conf"},
 ]
 

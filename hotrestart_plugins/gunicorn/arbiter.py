@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
-from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.core import address as addresses
 from hotrestart_plugins.core.hot_restart import HotRestart, Role
 from hotrestart_plugins.core.record import Record
@@ -33,7 +32,8 @@ from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.succession import Succession
 from hotrestart_plugins.gunicorn.wakeup import Wakeups
-from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import OPTIONS, Settings
 
 EX_TEMPFAIL = 75  # sysexits.h: it could not take over, try again
@@ -442,7 +442,9 @@ class Instance:
                 self._channel,
                 self.settings,
                 self._directory,
-                takes_in=Successor(self._directory, self._hot.takeover_id) if taking_over else None,
+                takes_in=HandoverTarget(self._directory, self._hot.takeover_id)
+                if taking_over
+                else None,
             )
             self.worker.forked()
 

@@ -14,17 +14,22 @@ from gunicorn.asgi.protocol import ASGIProtocol
 from gunicorn.workers import gasgi
 
 from hotrestart_plugins.app import drain
-from hotrestart_plugins.connections import Kind
+from hotrestart_plugins.draining.event_streams import EventStream, EventStreams
+from hotrestart_plugins.draining.stagger import StaggeredClose
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.blocking import Closing, proxied
 from hotrestart_plugins.gunicorn.looping import LoopGate
-from hotrestart_plugins.intake import Intake
-from hotrestart_plugins.letting_go import duplicates, offer_all, stop_accepting
-from hotrestart_plugins.moving import Mover, Receiver
-from hotrestart_plugins.probe import Probe
-from hotrestart_plugins.spreading import LastPart
-from hotrestart_plugins.streams import EventStream, EventStreams
-from hotrestart_plugins.tally import Tally
+from hotrestart_plugins.handover.asyncio_glue import (
+    ConnectionAdopter,
+    duplicate_listeners,
+    offer_all,
+    stop_accepting,
+)
+from hotrestart_plugins.handover.frames import ConnectionState
+from hotrestart_plugins.handover.receiver import ConnectionReceiver
+from hotrestart_plugins.handover.sender import ConnectionSender
+from hotrestart_plugins.lifecycle.probe import Probe
 
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
@@ -49,17 +54,17 @@ class AsgiGate(LoopGate):
         self._closing.attach()  # connections look for the hook when they are made
         self._connections: set[Any] = set()
         gasgi.ASGIProtocol = self._protocol_class()
-        self._open = self._busy = self._moved = 0
-        self._last: Tally | None = None
+        self._open = self._busy = self._handed_over = 0
+        self._last: DrainStats | None = None
         self._ended: set[Any] = set()  # WebSockets that were told to come back
         self._streams = EventStreams()
         self._ended_streams = 0
         self._endings: set[asyncio.Task[None]] = set()
-        worker.asgi = self._streams.around(worker.asgi)
-        self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
-        self._mover: Mover | None = None
-        self._receiver: Receiver | None = None
-        self._intake: Intake | None = None
+        worker.asgi = self._streams.wrap(worker.asgi)
+        self._can_hand_over = not worker.cfg.is_ssl and not proxied(worker.cfg)
+        self._sender: ConnectionSender | None = None
+        self._receiver: ConnectionReceiver | None = None
+        self._adopter: ConnectionAdopter | None = None
         self._duplicates: list[socket.socket] = []
         self._paused = False
         self._leaving: asyncio.Task[None] | None = None
@@ -113,25 +118,25 @@ class AsgiGate(LoopGate):
         for one in self._worker.sockets:
             one.sock.listen(self._worker.cfg.backlog)
         self._duplicate()
-        if self._side.inlet is not None and self._movable:
+        if self._side.inlet is not None and self._can_hand_over:
             loop = self._worker.loop
-            self._intake = Intake(
+            self._adopter = ConnectionAdopter(
                 loop,
                 lambda: gasgi.ASGIProtocol(self._worker),
-                self._arrived,
+                self._on_adopted,
             )
-            self._receiver = Receiver.open(
-                self._side.inlet, self._intake.take_in, loop=loop, logger=self._worker.log
+            self._receiver = ConnectionReceiver.open(
+                self._side.inlet, self._adopter.adopt, loop=loop, logger=self._worker.log
             )
 
     def _duplicate(self) -> None:
-        self._duplicates = duplicates(one.sock for one in self._worker.sockets)
+        self._duplicates = duplicate_listeners(one.sock for one in self._worker.sockets)
 
-    def _arrived(self, connection: Any, kind: Kind) -> None:
-        if kind is Kind.IDLE:
+    def _on_adopted(self, connection: Any, state: ConnectionState) -> None:
+        if state is ConnectionState.IDLE:
             connection.begin_keep_alive()
-        if self._mover is not None:  # this instance was replaced meanwhile, too
-            self._worker.loop.call_soon(self._mover.add, connection)
+        if self._sender is not None:  # this instance was replaced meanwhile, too
+            self._worker.loop.call_soon(self._sender.add, connection)
 
     def _its_loop(self) -> asyncio.AbstractEventLoop:
         loop: asyncio.AbstractEventLoop = self._worker.loop
@@ -146,25 +151,25 @@ class AsgiGate(LoopGate):
         if not self._duplicates:
             self._duplicate()
         self._paused = True
-        successor = self._side.successor if self._movable else None
-        self._closing.begin(close=successor is None)
+        target = self._side.handover_target if self._can_hand_over else None
+        self._closing.begin(close=target is None)
         worker = self._worker
         await stop_accepting(worker.servers, [one.sock.fileno() for one in worker.sockets])
         worker.servers.clear()
         for one, duplicate in zip(worker.sockets, self._duplicates, strict=True):
             one.sock = duplicate  # gunicorn closes it
         self._duplicates = []
-        self._open, self._busy, self._moved = len(self._connections), self._busy_now(), 0
+        self._open, self._busy, self._handed_over = len(self._connections), self._busy_now(), 0
         drain.set()
-        if successor is not None:
-            self._mover = Mover(
-                successor,
+        if target is not None:
+            self._sender = ConnectionSender(
+                target,
                 Waiting(),
                 loop=worker.loop,
-                failed=self._closing.announce,
+                on_failure=self._closing.announce,
                 logger=worker.log,
             )
-            if not await offer_all(self._mover, self._connections):
+            if not await offer_all(self._sender, self._connections):
                 self._closing.announce()
 
     async def _take_up(self) -> None:
@@ -180,9 +185,9 @@ class AsgiGate(LoopGate):
                     backlog=worker.cfg.backlog,
                 )
             )
-        if self._mover is not None:
-            self._mover.close()
-            self._moved, self._mover = len(self._mover.moved), None
+        if self._sender is not None:
+            self._sender.close()
+            self._handed_over, self._sender = len(self._sender.handed_over), None
         self._closing.end(detach=False)
         drain.clear()
         self._paused = False
@@ -195,23 +200,25 @@ class AsgiGate(LoopGate):
     def _websockets(self) -> int:
         return sum(one._websocket is not None for one in self._connections)  # noqa: SLF001
 
-    def tally(self) -> Tally:
+    def stats(self) -> DrainStats:
         """The account; of a worker that leaves, from before it closed what was left."""
         return self._last or self._account()
 
-    def _account(self) -> Tally:
+    def _account(self) -> DrainStats:
         """By the number of connections and of requests: what was under way, and what came."""
         left, busy, websockets = len(self._connections), self._busy_now(), self._websockets()
-        moved = len(self._mover.moved) if self._mover is not None else self._moved
+        handed_over = (
+            len(self._sender.handed_over) if self._sender is not None else self._handed_over
+        )
         answers = max(0, self._busy + self._closing.requests - busy)
-        tally = Tally.by_numbers(self._open, left, answers, moved)
+        stats = DrainStats.by_numbers(self._open, left, answers, handed_over)
         if not self._worker.alive:
-            tally.cut_requests = busy - websockets
-            tally.cut_websockets = websockets - len(self._ended & self._connections)
-            tally.websockets, tally.streams = len(self._ended), self._ended_streams
-            tally.finished = max(0, tally.finished - tally.websockets - tally.streams)
-            tally.cut_idle = left - busy
-        return tally
+            stats.aborted_requests = busy - websockets
+            stats.aborted_websockets = websockets - len(self._ended & self._connections)
+            stats.websockets, stats.streams = len(self._ended), self._ended_streams
+            stats.finished = max(0, stats.finished - stats.websockets - stats.streams)
+            stats.aborted_idle = left - busy
+        return stats
 
     def _protocol_class(self) -> type[ASGIProtocol]:
         """The protocol of gunicorn, which itself only counts connections, and tells nobody."""
@@ -250,14 +257,14 @@ class AsgiGate(LoopGate):
 
             def _arm_keepalive_timer(self) -> None:
                 super()._arm_keepalive_timer()
-                if gate._mover is not None:
+                if gate._sender is not None:
                     # It does not wait yet: it is about to.
-                    gate._worker.loop.call_soon(gate._mover.answered, self)
+                    gate._worker.loop.call_soon(gate._sender.on_answer, self)
 
             def _h2c_undecided_timeout(self) -> None:
                 super()._h2c_undecided_timeout()
-                if gate._mover is not None:  # from now on it may be moved
-                    gate._worker.loop.call_soon(gate._mover.add, self)
+                if gate._sender is not None:  # from now on it may be moved
+                    gate._worker.loop.call_soon(gate._sender.add, self)
 
             @property
             def waits(self) -> bool:
@@ -283,8 +290,8 @@ class AsgiGate(LoopGate):
         self._close_receiver()
         for one in self._duplicates:
             one.close()
-        if self._intake is not None:  # gunicorn waits for connections, which these have yet to be
-            await self._intake.settled()
+        if self._adopter is not None:  # gunicorn waits for connections, which these have yet to be
+            await self._adopter.settled()
         await self._shut_down()
 
     def _close_receiver(self) -> None:
@@ -320,9 +327,9 @@ class AsgiGate(LoopGate):
 
     async def _end_long(self, deadline: float, patience: float) -> NoReturn:
         """End what lasts, one after another; go on until gunicorn cancels what is left."""
-        last_part = LastPart(self._long, self._end)
+        staggered = StaggeredClose(self._long, self._end)
         while True:
-            last_part.step(deadline - self._worker.loop.time(), patience, _LEAST)
+            staggered.step(deadline - self._worker.loop.time(), patience, _LEAST)
             try:
                 await asyncio.sleep(_LOOK)
             finally:  # when gunicorn cancels it, too: just before it closes what is left
@@ -330,7 +337,7 @@ class AsgiGate(LoopGate):
 
     def _long(self) -> list[Any]:
         websockets = [one for one in self._connections if one._websocket is not None]  # noqa: SLF001
-        return [*websockets, *self._streams.under_way]
+        return [*websockets, *self._streams.active]
 
     def _end(self, one: Any) -> None:
         # In tasks, since a client that does not read holds its own up, and nobody else's.
@@ -363,7 +370,7 @@ class AsgiGate(LoopGate):
 class Waiting:
     """How connections are held that wait for a request, and what they are then."""
 
-    def kind(self, connection: Any) -> Kind | None:
+    def state(self, connection: Any) -> ConnectionState | None:
         """Nothing read, nothing to be written, no call of the app's left, no other protocol."""
         transport = connection.transport
         if (
@@ -380,32 +387,32 @@ class Waiting:
             return None
         # Where its time runs, it has answered: here, or elsewhere.
         asked = connection.req_count > 1 or connection._keepalive_handle is not None  # noqa: SLF001
-        return Kind.IDLE if asked else Kind.UNREAD
+        return ConnectionState.IDLE if asked else ConnectionState.FRESH
 
-    def watch(self, connection: Any, answered: Callable[[], None]) -> None:
+    def on_response(self, connection: Any, answered: Callable[[], None]) -> None:
         """Each says by itself when it begins to wait."""
 
     def fileno(self, connection: Any) -> int:
         """Of its socket."""
         return int(connection.transport.get_extra_info("socket").fileno())
 
-    def hold(self, connection: Any, _kind: Kind) -> None:
+    def suspend(self, connection: Any, _state: ConnectionState) -> None:
         """Read nothing, and let no time pass."""
         connection.transport.pause_reading()
         connection._cancel_keepalive_timer()  # noqa: SLF001
 
-    def release(self, connection: Any, kind: Kind) -> None:
+    def resume(self, connection: Any, state: ConnectionState) -> None:
         """Wait for its request again."""
         connection.transport.resume_reading()
-        if kind is Kind.IDLE:
+        if state is ConnectionState.IDLE:
             connection.begin_keep_alive()
 
-    def let_go(self, connection: Any) -> None:
+    def discard(self, connection: Any) -> None:
         """It is another's: close the copy, and let its task end."""
         connection.transport.abort()
         connection._closed = True  # noqa: SLF001
         connection._request_ready.set()  # noqa: SLF001
 
-    def closing(self, connection: Any) -> bool:
+    def is_closing(self, connection: Any) -> bool:
         """Whether it has been closed meanwhile."""
         return bool(connection.transport.is_closing())

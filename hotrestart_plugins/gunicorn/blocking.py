@@ -20,8 +20,8 @@ from gunicorn.glogging import Logger
 from gunicorn.http import wsgi
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.gunicorn.channel import Report
-from hotrestart_plugins.tally import Tally
 
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
@@ -72,9 +72,9 @@ class SyncGate:
         with self._telling:
             (drain.set if self._paused else drain.clear)()
 
-    def tally(self) -> Tally:
+    def stats(self) -> DrainStats:
         """Whoever ends is done with its only connection; who is killed says nothing."""
-        return Tally(requests=self._closing.answers, finished=self._closing.answers)
+        return DrainStats(requests=self._closing.answers, finished=self._closing.answers)
 
 
 class _Master:

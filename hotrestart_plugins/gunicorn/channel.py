@@ -14,14 +14,13 @@ import struct
 from dataclasses import astuple, fields
 from typing import NamedTuple
 
-from hotrestart_plugins.tally import Tally
+from hotrestart_plugins.draining.stats import DrainStats
 
-# what, pid, the fields of a tally; shorter than PIPE_BUF, so written whole or not at all
-_RECORD = struct.Struct(f"=ci{len(fields(Tally))}I")
+# what, pid, the fields of the statistics; shorter than PIPE_BUF, so written whole or not at all
+_RECORD = struct.Struct(f"=ci{len(fields(DrainStats))}I")
 _READ = _RECORD.size * 512
-_ORDER = struct.Struct(
-    "=?Q"
-)  # whether to pause; the takeover id of the successor that takes connections
+_COMMAND = struct.Struct("=?Q")
+"""Whether to pause; the takeover id of the new instance that takes connections."""
 
 
 class Report(enum.Enum):
@@ -38,7 +37,7 @@ class Message(NamedTuple):
 
     what: Report
     pid: int
-    tally: Tally
+    stats: DrainStats
 
 
 class Channel:
@@ -48,7 +47,7 @@ class Channel:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # Also in processes that gunicorn forks without a word to us, its dirty arbiter's.
         os.register_at_fork(after_in_child=self._forked)
-        self._order = mmap.mmap(-1, _ORDER.size)  # anonymous and shared
+        self._order = mmap.mmap(-1, _COMMAND.size)  # anonymous and shared
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when a worker reports."""
@@ -57,16 +56,16 @@ class Channel:
     @property
     def paused(self) -> bool:
         """Whether workers shall not accept."""
-        return bool(_ORDER.unpack(self._order[:])[0])
+        return bool(_COMMAND.unpack(self._order[:])[0])
 
     @property
-    def successor(self) -> int:
+    def takeover_id(self) -> int:
         """The takeover id of the child whose workers take in what was accepted; 0: none does."""
-        return int(_ORDER.unpack(self._order[:])[1])
+        return int(_COMMAND.unpack(self._order[:])[1])
 
-    def order(self, *, paused: bool, successor: int = 0) -> None:
+    def order(self, *, paused: bool, takeover_id: int = 0) -> None:
         """From the arbiter: what workers shall do from their next look on."""
-        self._order[:] = _ORDER.pack(paused, successor)
+        self._order[:] = _COMMAND.pack(paused, takeover_id)
 
     def reports(self) -> list[Message]:
         """What the workers have reported since."""
@@ -74,7 +73,7 @@ class Channel:
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._read, _READ):
                 for what, pid, *counts in _RECORD.iter_unpack(data):
-                    found.append(Message(Report(what), pid, Tally(*counts)))
+                    found.append(Message(Report(what), pid, DrainStats(*counts)))
         return found
 
     @property
@@ -88,9 +87,9 @@ class Channel:
             os.close(self._read)
             self._read = -1
 
-    def report(self, what: Report, tally: Tally | None = None) -> None:
+    def report(self, what: Report, stats: DrainStats | None = None) -> None:
         """From a worker. If the arbiter is gone, nobody needs to know."""
-        counts = astuple(tally or Tally())
+        counts = astuple(stats or DrainStats())
         with contextlib.suppress(OSError):
             os.write(self._write, _RECORD.pack(what.value, os.getpid(), *counts))
 

@@ -15,11 +15,11 @@ from gevent.baseserver import BaseServer
 from gevent.server import StreamServer
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.gunicorn.blocking import Closing
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.gunicorn.orphan import leave_without_master
 from hotrestart_plugins.gunicorn.workers import WorkerSide, replace_where_defined
-from hotrestart_plugins.tally import Tally
 
 _READABLE = 1  # gevent's name for it is in the module of whichever event library is in use
 _ANY = 4096  # bytes that signals have left
@@ -134,13 +134,13 @@ class GeventGate:
     def _connections(self) -> int:
         return sum(len(server.pool) for server in self._servers if server.pool is not None)
 
-    def tally(self) -> Tally:
+    def stats(self) -> DrainStats:
         """By the number of connections, and of answers, which pywsgi's are not told of."""
         left = self._connections()
-        tally = Tally.by_numbers(self._open, left, self._closing.answers)
+        stats = DrainStats.by_numbers(self._open, left, self._closing.answers)
         if not self._worker.alive:
-            tally.cut_requests = left
-        return tally
+            stats.aborted_requests = left
+        return stats
 
 
 class _Named:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from gunicorn.workers.gthread import TConn
 
 from hotrestart_plugins.app import drain
-from hotrestart_plugins.connections import Arrival, Kind
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.gunicorn.blocking import Closing, accept, proxied, refuse
 from hotrestart_plugins.gunicorn.channel import Report
-from hotrestart_plugins.moving import Mover, Receiver
-from hotrestart_plugins.tally import Tally
+from hotrestart_plugins.handover.frames import ConnectionState, ReceivedConnection
+from hotrestart_plugins.handover.receiver import ConnectionReceiver
+from hotrestart_plugins.handover.sender import ConnectionSender
 
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
@@ -46,12 +47,12 @@ class ThreadGate:
         self._closing = Closing(worker)
         self._loop = Loop(worker)
         self._parked = Parked(worker)
-        self._mover: Mover | None = None
-        self._receiver: Receiver | None = None
+        self._sender: ConnectionSender | None = None
+        self._receiver: ConnectionReceiver | None = None
         self._open = 0
         self._stop_by = 0.0
         self._is_orphan = False
-        self._movable = not worker.cfg.is_ssl and not proxied(worker.cfg)
+        self._can_hand_over = not worker.cfg.is_ssl and not proxied(worker.cfg)
         self._finish = worker.finish_request
         signal.signal(signal.SIGTERM, self._terminate)
         signal.siginterrupt(signal.SIGTERM, False)
@@ -61,7 +62,7 @@ class ThreadGate:
 
         While connections move, gunicorn hears of it later: it would close them after their answer.
         """
-        if self._mover is None or not self._mover.active:
+        if self._sender is None or not self._sender.active:
             self._stop()
         elif not self._stop_by:
             self._stop_by = time.monotonic() + self._side.seconds_left / 2
@@ -81,15 +82,15 @@ class ThreadGate:
         """Take in what the old instance's workers hand over; and hear of the master's end."""
         self._loop.add_reader(self._side.lifeline, self._orphaned)
         self._worker.is_parent_alive = self._has_parent
-        if self._side.inlet is not None and self._movable:
-            self._receiver = Receiver.open(
-                self._side.inlet, self._take_in, loop=self._loop, logger=self._worker.log
+        if self._side.inlet is not None and self._can_hand_over:
+            self._receiver = ConnectionReceiver.open(
+                self._side.inlet, self._adopt, loop=self._loop, logger=self._worker.log
             )
 
-    def _take_in(self, arrivals: Sequence[Arrival]) -> None:
-        for connection in self._parked.take_in(arrivals):
-            if self._mover is not None:  # this instance was replaced meanwhile, too
-                self._mover.add(connection)
+    def _adopt(self, received: Sequence[ReceivedConnection]) -> None:
+        for connection in self._parked.adopt(received):
+            if self._sender is not None:  # this instance was replaced meanwhile, too
+                self._sender.add(connection)
 
     def _has_parent(self) -> bool:
         """As gunicorn's, which would leave its loop at once; without a parent this one stops."""
@@ -123,26 +124,26 @@ class ThreadGate:
         """Have the loop find that it has too many connections, and leave the listeners alone."""
         refuse(self._worker.sockets)
         self._open = self._worker.nr_conns
-        successor = self._side.successor if self._movable else None
-        self._closing.begin(close=successor is None)
+        target = self._side.handover_target if self._can_hand_over else None
+        self._closing.begin(close=target is None)
         # gunicorn's stop would close what waits for its next request after two seconds.
         self._worker._cap_keepalive = _nothing  # noqa: SLF001
-        self._set_limit(_NO_CONNECTIONS, functools.partial(self._begun, successor))
+        self._set_limit(_NO_CONNECTIONS, functools.partial(self._begun, target))
 
-    def _begun(self, successor: Any) -> None:
+    def _begun(self, target: Any) -> None:
         """In the loop: not in the midst of whatever the signal has interrupted."""
         drain.set()
-        if successor is not None:
-            self._mover = Mover(
-                successor,
+        if target is not None:
+            self._sender = ConnectionSender(
+                target,
                 self._parked,
                 loop=self._loop,
-                failed=self._closing.announce,
+                on_failure=self._closing.announce,
                 logger=self._worker.log,
             )
             self._worker.finish_request = self._finished
-            if self._mover.active:
-                self._mover.watch_all(self._parked.all())
+            if self._sender.active:
+                self._sender.offer_all(self._parked.all())
             else:
                 self._closing.announce()
         self._side.done(Report.PAUSED)
@@ -151,8 +152,8 @@ class ThreadGate:
         self._finish(connection, future)
         # It waits for its next request, or still for its first: a thread had waited for that.
         for queue in (self._worker.keepalived_conns, self._worker.pending_conns):
-            if self._mover is not None and queue and queue[-1] is connection:
-                self._loop.call_soon(self._mover.answered, connection)
+            if self._sender is not None and queue and queue[-1] is connection:
+                self._loop.call_soon(self._sender.on_answer, connection)
 
     def resume(self) -> None:
         """The same the other way round."""
@@ -162,11 +163,11 @@ class ThreadGate:
 
     def _ended(self) -> None:
         drain.clear()
-        if self._mover is not None:
+        if self._sender is not None:
             del self._worker.finish_request
-            self._mover.close()
+            self._sender.close()
         self._side.done(Report.RESUMED)
-        self._mover = None
+        self._sender = None
         self._closing.end()
 
     def _set_limit(self, limit: int, then: Callable[[], None]) -> None:
@@ -174,15 +175,15 @@ class ThreadGate:
         # Wakes the loop, which looks at the limit before anything else.
         self._loop.call_soon(then)
 
-    def tally(self) -> Tally:
+    def stats(self) -> DrainStats:
         """By the number of connections, and of answers: each but the first of one closes it."""
         left, answers = self._worker.nr_conns, self._closing.answers
-        moved = len(self._mover.moved) if self._mover is not None else 0
-        tally = Tally.by_numbers(self._open, left, answers, moved)
+        handed_over = len(self._sender.handed_over) if self._sender is not None else 0
+        stats = DrainStats.by_numbers(self._open, left, answers, handed_over)
         if not self._worker.alive:
             parked = len(self._worker.keepalived_conns) + len(self._worker.pending_conns)
-            tally.cut_idle, tally.cut_requests = parked, max(0, left - parked)
-        return tally
+            stats.aborted_idle, stats.aborted_requests = parked, max(0, left - parked)
+        return stats
 
 
 class Parked:
@@ -196,59 +197,61 @@ class Parked:
         """Those that wait now."""
         return {*self._worker.keepalived_conns, *self._worker.pending_conns}
 
-    def kind(self, connection: Any) -> Kind | None:
+    def state(self, connection: Any) -> ConnectionState | None:
         """Gunicorn parks none that has read ahead into its next request."""
         if connection in self._worker.keepalived_conns:
-            return Kind.IDLE
+            return ConnectionState.IDLE
         unread = connection in self._worker.pending_conns and not connection.initialized
-        return Kind.UNREAD if unread else None
+        return ConnectionState.FRESH if unread else None
 
-    def watch(self, connection: Any, answered: Callable[[], None]) -> None:
+    def on_response(self, connection: Any, answered: Callable[[], None]) -> None:
         """The gate sees each one that is parked."""
 
     def fileno(self, connection: Any) -> int:
         """Of its socket."""
         return int(connection.sock.fileno())
 
-    def hold(self, connection: Any, kind: Kind) -> None:
+    def suspend(self, connection: Any, state: ConnectionState) -> None:
         """Take it out of the selector, and away from its deadline."""
         self._worker.poller.unregister(connection.sock)
-        self._queue(kind).remove(connection)
+        self._queue(state).remove(connection)
 
-    def release(self, connection: Any, kind: Kind) -> None:
+    def resume(self, connection: Any, state: ConnectionState) -> None:
         """Wait for its request again."""
         connection.set_timeout()
-        self._queue(kind).append(connection)
-        then = "on_client" if kind is Kind.IDLE else "on_pending"
+        self._queue(state).append(connection)
+        then = "on_client" if state is ConnectionState.IDLE else "on_pending"
         callback = getattr(self._worker, f"{then}_socket_readable")
         self._worker.poller.register(
             connection.sock, selectors.EVENT_READ, functools.partial(callback, connection)
         )
 
-    def _queue(self, kind: Kind) -> deque[Any]:
+    def _queue(self, state: ConnectionState) -> deque[Any]:
         worker = self._worker
-        found: deque[Any] = worker.keepalived_conns if kind is Kind.IDLE else worker.pending_conns
+        found: deque[Any] = (
+            worker.keepalived_conns if state is ConnectionState.IDLE else worker.pending_conns
+        )
         return found
 
-    def let_go(self, connection: Any) -> None:
+    def discard(self, connection: Any) -> None:
         """It is another's: close the copy."""
         self._worker.nr_conns -= 1
         connection.sock.close()
 
-    def closing(self, connection: Any) -> bool:
+    def is_closing(self, connection: Any) -> bool:
         """Whether it has been closed meanwhile."""
         return self.fileno(connection) < 0
 
-    def take_in(self, arrivals: Sequence[Arrival]) -> Iterator[Any]:
+    def adopt(self, received: Sequence[ReceivedConnection]) -> Iterator[Any]:
         """Connections of the old instance are this worker's."""
-        for sock, kind in arrivals:
+        for sock, state in received:
             try:
                 connection = TConn(self._worker.cfg, sock, sock.getpeername(), self._server(sock))
             except OSError:  # its client has gone
                 sock.close()
                 continue
             self._worker.nr_conns += 1
-            self.release(connection, kind)
+            self.resume(connection, state)
             yield connection
 
     def _server(self, sock: socket.socket) -> Any:
@@ -261,7 +264,7 @@ class Parked:
 
 
 class Loop:
-    """What a `Mover` and a `Receiver` need of an event loop, of the worker's own."""
+    """The `EventLoop` of a handover, made of the worker's own."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker

@@ -12,19 +12,18 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.takeover_server import Child
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.gunicorn import workers
 from hotrestart_plugins.gunicorn.channel import Channel, Message, Report
 from hotrestart_plugins.gunicorn.identity import Identity
 from hotrestart_plugins.gunicorn.wakeup import Wakeups
 from hotrestart_plugins.settings import Settings
-from hotrestart_plugins.tally import Tally
 
 _LOOK = 0.25  # seconds between two looks at the child, while there is one: a pidfd sends no SIGIO
 _CONTROL_DELAY = 1.0  # seconds in which the replaced instance stops its control server
@@ -70,7 +69,7 @@ class Succession:
         self._awaited: set[int] = set()
         self._paused_at = 0.0
         self._workers_before = 0
-        self._tally = Tally()
+        self._stats = DrainStats()
         self._unheard: set[int] = set()
         self._record: Record | None = None
 
@@ -151,15 +150,15 @@ class Succession:
         self._paused_at = time.monotonic()
         self._workers_before = self._server.num_workers
         child = self._hot.child
-        self._tally = Tally()
+        self._stats = DrainStats()
         self._record = None
-        successor = 0
+        takeover_id = 0
         if child is not None:
             self._record = self._record_with(child)
             self._record.note(given=sorted(child.given))
             if not self.settings.no_handover:
-                successor = child.takeover_id
-        self._channel.order(paused=True, successor=successor)
+                takeover_id = child.takeover_id
+        self._channel.order(paused=True, takeover_id=takeover_id)
         self._awaited = set(self._ready)
         self._signal(self._ready)
         self._wakeups.never("control")
@@ -194,7 +193,7 @@ class Succession:
 
     def _count(self, reports: list[Message]) -> None:
         for one in reports:
-            self._tally += one.tally
+            self._stats += one.stats
         if not self._awaited:
             return
         wanted = Report.PAUSED if self._phase is Phase.PAUSED else Report.RESUMED
@@ -206,7 +205,7 @@ class Succession:
         if self._awaited:
             return
         if wanted is Report.RESUMED:
-            self._note("accepting again", outcome="rolled back", tally=asdict(self._tally))
+            self._note("accepting again", outcome="rolled back", tally=self._stats.as_record())
             self._log.info("Accepting again")
             return
         self._note("stopped accepting")
@@ -266,12 +265,12 @@ class Succession:
         if self._phase is not Phase.LEAVING:
             return
         for one in reports:
-            self._tally += one.tally
+            self._stats += one.stats
             if one.what is Report.ENDS:
                 self._unheard.discard(one.pid)
         # A killed worker was in the midst of a request, of one at least.
-        self._tally.cut_requests += len(self._unheard)
-        if self._tally.cut:
-            self._log.warning("The drain timeout is over: %s", self._tally.cut_text())
-        self._log.info("Drained: %s; leaving", self._tally)
-        self._note("drained", tally=asdict(self._tally))
+        self._stats.aborted_requests += len(self._unheard)
+        if self._stats.aborted:
+            self._log.warning("The drain timeout is over: %s", self._stats.aborted_text())
+        self._log.info("Drained: %s; leaving", self._stats)
+        self._note("drained", tally=self._stats.as_record())

@@ -8,9 +8,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.gunicorn.channel import Report
 from hotrestart_plugins.gunicorn.orphan import leave_without_master
-from hotrestart_plugins.tally import Tally
 
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.workers import WorkerSide
@@ -92,14 +92,14 @@ class TornadoGate:
         server.conn_params.no_keep_alive = True  # all connections look at this one
         drain.set()
 
-    def tally(self) -> Tally:
+    def stats(self) -> DrainStats:
         """By the number of connections: tornado counts no answers."""
         left = len(self._server._connections) if self._server is not None else 0  # noqa: SLF001
         ended = max(0, self._open - left)
-        tally = Tally.by_numbers(self._open, left, ended)
+        stats = DrainStats.by_numbers(self._open, left, ended)
         if not self._worker.alive:
-            tally.cut_requests = left
-        return tally
+            stats.aborted_requests = left
+        return stats
 
     # -- SIGTERM -------------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import uvicorn
 
-from hotrestart_plugins.draining import DrainingServer
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.looping import LoopGate
 from hotrestart_plugins.gunicorn.workers import WorkerSide, replace_where_defined
-from hotrestart_plugins.probe import Probe
-from hotrestart_plugins.tally import Tally
+from hotrestart_plugins.lifecycle.probe import Probe
+from hotrestart_plugins.uvicorn.draining_server import DrainingServer
 
 
 class UvicornGate(LoopGate):
@@ -54,7 +54,7 @@ class UvicornGate(LoopGate):
                 except NotReady as error:
                     gate._side.fail(error)
                 if self.started and gate._side.inlet is not None:
-                    self.take_in(gate._side.inlet)
+                    self.receive_connections(gate._side.inlet)
 
             async def on_tick(self, counter: int) -> bool:
                 """As uvicorn's; and a worker whose master was killed goes, too."""
@@ -75,9 +75,9 @@ class UvicornGate(LoopGate):
     def ready(self) -> None:
         """Nothing to do: uvicorn's worker passes gunicorn's backlog on."""
 
-    def tally(self) -> Tally:
+    def stats(self) -> DrainStats:
         """The server's."""
-        return self._server.tally if self._server is not None else Tally()
+        return self._server.stats if self._server is not None else DrainStats()
 
     def _its_loop(self) -> asyncio.AbstractEventLoop | None:
         return self._loop
@@ -87,7 +87,7 @@ class UvicornGate(LoopGate):
 
     async def _let_go(self) -> None:
         if self._server is not None:
-            await self._server.pause(self._side.successor)
+            await self._server.pause(self._side.handover_target)
 
     async def _take_up(self) -> None:
         if self._server is not None:

@@ -18,13 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
-from hotrestart_plugins.connections import Successor, path_of
+from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.gunicorn.channel import Channel, Report
 from hotrestart_plugins.gunicorn.wakeup import forget_in_worker
-from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.handover.frames import HandoverTarget, path_of
+from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
-from hotrestart_plugins.tally import Tally
 
 _KINDS = {
     "gunicorn.workers.sync.SyncWorker": "sync",
@@ -79,7 +79,7 @@ class Gate(Protocol):
     def resume(self) -> None:
         """Accept again; call back when that is so."""
 
-    def tally(self) -> Tally:
+    def stats(self) -> DrainStats:
         """What has become, since the last pause, of what was open then."""
 
 
@@ -93,7 +93,7 @@ class WorkerSide:
         settings: Settings,
         directory: Path,
         *,
-        takes_in: Successor | None,
+        takes_in: HandoverTarget | None,
     ) -> None:
         """`directory`: the meeting directory. `takes_in`: its instance, if that takes over."""
         self.settings = settings
@@ -216,8 +216,8 @@ class WorkerSide:
 
     def done(self, what: Report) -> None:
         """The gate has paused, or resumed."""
-        tally = self._gate.tally() if self._gate is not None and what is Report.RESUMED else None
-        self._channel.report(what, tally)
+        stats = self._gate.stats() if self._gate is not None and what is Report.RESUMED else None
+        self._channel.report(what, stats)
 
     @property
     def lifeline(self) -> int:
@@ -239,10 +239,10 @@ class WorkerSide:
         return path_of(self._takes_in, os.getpid())
 
     @property
-    def successor(self) -> Successor | None:
+    def handover_target(self) -> HandoverTarget | None:
         """Whose workers take in this one's connections; None: nobody's."""
-        takeover_id = self._channel.successor
-        return Successor(self._directory, takeover_id) if takeover_id and self._moves else None
+        takeover_id = self._channel.takeover_id
+        return HandoverTarget(self._directory, takeover_id) if takeover_id and self._moves else None
 
     def exiting(self) -> None:
         """This worker ends."""
@@ -251,7 +251,7 @@ class WorkerSide:
         if self.inlet is not None:
             self.inlet.unlink(missing_ok=True)
         if self._gate is not None and self._paused:
-            self._channel.report(Report.ENDS, self._gate.tally())
+            self._channel.report(Report.ENDS, self._gate.stats())
 
 
 @contextlib.contextmanager

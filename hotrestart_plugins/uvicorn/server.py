@@ -14,15 +14,15 @@ from typing import Any
 
 import uvicorn
 
-from hotrestart_plugins.connections import path_of
-from hotrestart_plugins.draining import DrainingServer
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
-from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.handover.frames import path_of
+from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
-from hotrestart_plugins.uvicorn.succession import Succession
+from hotrestart_plugins.uvicorn.draining_server import DrainingServer
+from hotrestart_plugins.uvicorn.lifecycle_driver import LifecycleDriver
+from hotrestart_plugins.uvicorn.startup_watchdog import StartupWatchdog
+from hotrestart_plugins.uvicorn.supervisor import Supervisor
 from hotrestart_plugins.uvicorn.takeover import Takeover
-from hotrestart_plugins.uvicorn.watchdog import Watchdog
-from hotrestart_plugins.uvicorn.workers import Supervisor
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -44,8 +44,8 @@ class Server(DrainingServer):
         self.drain_timeout = self.settings.drain_timeout
         self.probe = Probe.of(self.settings, f"{config.host}:{config.port}")
         self._takeover = Takeover(config, self.settings)
-        self._watchdog: Watchdog | None = None
-        self._succession: Succession | None = None
+        self._watchdog: StartupWatchdog | None = None
+        self._driver: LifecycleDriver | None = None
         self._listeners_taken: list[socket.socket] | None = None
         self._failure: Exception | None = None
         self._step = "the startup of its lifespan"
@@ -55,7 +55,7 @@ class Server(DrainingServer):
 
         `sockets`: listeners to serve on, without a takeover.
         """
-        self._watchdog = Watchdog(self._hangs)
+        self._watchdog = StartupWatchdog(self._hangs)
         try:
             if sockets is None:
                 self._listeners_taken = self._listen()
@@ -103,9 +103,9 @@ class Server(DrainingServer):
             raise self._failure
 
     def _end(self, *, crashed: bool) -> None:
-        if self._succession is not None:
-            self._succession.stop()
-            self._succession = None
+        if self._driver is not None:
+            self._driver.stop()
+            self._driver = None
         self._takeover.close(crashed=crashed)
 
     def listeners_closing(self) -> None:
@@ -139,9 +139,9 @@ class Server(DrainingServer):
             self.force_exit = False
             return
         try:
-            successor = self._takeover.successor
-            if successor is not None:
-                self.take_in(path_of(successor, os.getpid()))
+            target = self._takeover.handover_target
+            if target is not None:
+                self.receive_connections(path_of(target, os.getpid()))
             hot = self._takeover.ready(sockets or [])
         except (HotRestartError, OSError) as error:
             # The listeners are the parent's still: what was accepted meanwhile is answered.
@@ -150,7 +150,7 @@ class Server(DrainingServer):
             self.shares_listeners = self.should_exit = True
             return
         if hot is not None:
-            self._succession = Succession(hot, self._takeover.directory, self.settings, self)
+            self._driver = LifecycleDriver(hot, self._takeover.directory, self.settings, self)
 
     async def all_paused(self) -> bool:
         """At once: behind `pause` nobody accepts."""
@@ -165,7 +165,7 @@ class Server(DrainingServer):
                 await self.lifespan.shutdown()
             raise _Stopped
 
-    def leave(self) -> None:
+    def shut_down(self) -> None:
         """End, with status 0."""
         self.should_exit = True
 

@@ -13,14 +13,14 @@ from typing import NoReturn
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
-from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.core import address as addresses
 from hotrestart_plugins.core.address import Address
 from hotrestart_plugins.core.hot_restart import HotRestart, Role
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.rendezvous import default_directory
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
-from hotrestart_plugins.probe import Probe
+from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
 
 logger = logging.getLogger("uvicorn.error")
@@ -132,11 +132,11 @@ class Takeover:
         return self.hot is not None and self.hot.role is Role.CHILD
 
     @property
-    def successor(self) -> Successor | None:
+    def handover_target(self) -> HandoverTarget | None:
         """What this instance is to its parent, where it takes connections in; else None."""
         if self.hot is None or not self.is_child or self.settings.no_handover:
             return None
-        return Successor(self.directory, self.hot.takeover_id)
+        return HandoverTarget(self.directory, self.hot.takeover_id)
 
     @property
     def parent_pid(self) -> int:

@@ -18,9 +18,9 @@ import uvicorn
 
 from demo_app.deploys import DEADLINE, HERE, TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
-from hotrestart_plugins import connections, moving
-from hotrestart_plugins.connections import Successor
-from hotrestart_plugins.draining import DrainingServer
+from hotrestart_plugins.handover import frames, sender
+from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.uvicorn.draining_server import DrainingServer
 from tests.integration.instances import QUICK, STOPPED, WINDOW, demo, takes_over, up
 from tests.integration.raw import Connection, ask, request
 
@@ -345,7 +345,7 @@ def test_those_that_wait_for_their_turn_are_served(
     meet: Path, monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:
     """A new instance that takes nothing in holds up the batches under way, and no others."""
-    monkeypatch.setattr(moving, "_PATIENCE", 600.0)  # it is not over before the test is
+    monkeypatch.setattr(sender, "_ACK_TIMEOUT", 600.0)  # it is not over before the test is
     run_here(loop, meet, _held_up)
 
 
@@ -355,9 +355,9 @@ def test_what_is_accepted_in_the_turn_of_the_pause_moves(meet: Path) -> None:
 
 
 def run_here(
-    loop: str, meet: Path, test: Callable[[DrainingServer, int, Successor], Awaitable[None]]
+    loop: str, meet: Path, test: Callable[[DrainingServer, int, HandoverTarget], Awaitable[None]]
 ) -> None:
-    """Have `test` done with a server in this process, the port of it, and a successor."""
+    """Have `test` done with a server in this process, the port of it, and a target."""
     config = uvicorn.Config("demo_app.app:app", port=0, loop=loop, lifespan="off", log_config=None)
     factory = config.get_loop_factory()
     assert factory is not None
@@ -368,7 +368,7 @@ def run_here(
         server.lifespan = config.lifespan_class(config)
         await server.startup()
         port = server.servers[0].sockets[0].getsockname()[1]
-        await test(server, port, Successor(meet, os.getpid()))
+        await test(server, port, HandoverTarget(meet, os.getpid()))
         server.drain_on_stop = False
         await server.shutdown()
 
@@ -379,13 +379,13 @@ def run_here(
         running.close()
 
 
-async def _held_up(server: DrainingServer, port: int, successor: Successor) -> None:
-    with contextlib.closing(connections.listen(connections.path_of(successor, 1))) as puppet:
+async def _held_up(server: DrainingServer, port: int, target: HandoverTarget) -> None:
+    with contextlib.closing(frames.listen(frames.path_of(target, 1))) as puppet:
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(300)]
         for reader, writer in clients:
             writer.write(request())
             await reader.readuntil(b"}")
-        await server.pause(successor)
+        await server.pause(target)
         channel, _ = puppet.accept()
         for _, writer in clients:
             writer.write(request())
@@ -402,15 +402,15 @@ async def _held_up(server: DrainingServer, port: int, successor: Successor) -> N
             writer.close()
 
 
-async def _same_turn(server: DrainingServer, port: int, successor: Successor) -> None:
-    with contextlib.closing(connections.listen(connections.path_of(successor, 1))) as puppet:
+async def _same_turn(server: DrainingServer, port: int, target: HandoverTarget) -> None:
+    with contextlib.closing(frames.listen(frames.path_of(target, 1))) as puppet:
         with Connection(f"127.0.0.1:{port}"):
             await asyncio.sleep(0)  # it is accepted
-            await server.pause(successor)
+            await server.pause(target)
             channel, _ = puppet.accept()
             channel.setblocking(False)
             with channel:
-                found = connections.receive(channel)
+                found = frames.receive(channel)
                 assert found is not None
                 for arrival in found[1]:
                     arrival.sock.close()
@@ -423,14 +423,14 @@ def test_a_drain_waits_for_what_is_arriving(meet: Path, loop: str) -> None:
     run_here(loop, meet, _arriving)
 
 
-async def _arriving(server: DrainingServer, _port: int, place: Successor) -> None:
-    path = connections.path_of(place, os.getpid())
-    server.take_in(path)
+async def _arriving(server: DrainingServer, _port: int, place: HandoverTarget) -> None:
+    path = frames.path_of(place, os.getpid())
+    server.receive_connections(path)
     await server.pause()
     client, ours = socket.socketpair()
-    with client, ours, connections.connect(path) as channel:
+    with client, ours, frames.connect(path) as channel:
         client.sendall(request())
-        connections.send(channel, 1, [(ours.fileno(), connections.Kind.UNREAD)])
+        frames.send(channel, 1, [(ours.fileno(), frames.ConnectionState.FRESH)])
         acknowledged = asyncio.get_running_loop().create_future()
 
         def look() -> None:
@@ -457,7 +457,7 @@ from hotrestart_plugins.gunicorn.asgi import AsgiGate
 shutdown = AsgiGate._shutdown
 async def ends(gate):
     print("ends", flush=True)
-    while not gate._intake.pending:
+    while not gate._adopter.pending:
         await asyncio.sleep(0)
     await shutdown(gate)
 AsgiGate._shutdown = ends
@@ -478,11 +478,11 @@ def test_what_comes_to_a_worker_as_it_ends_is_answered(
     new.wait_for("ends")
     (path,) = (place.directory / "meet").glob(f"moved.*.{worker}")
     client, theirs = socket.socketpair()
-    with client, theirs, connections.connect(path) as channel:
+    with client, theirs, frames.connect(path) as channel:
         client.settimeout(DEADLINE)
         channel.settimeout(DEADLINE)
         client.sendall(request())
-        connections.send(channel, 1, [(theirs.fileno(), connections.Kind.UNREAD)])
+        frames.send(channel, 1, [(theirs.fileno(), frames.ConnectionState.FRESH)])
         theirs.close()
-        assert connections.acknowledged(channel) == 1
+        assert frames.acknowledged(channel) == 1
         assert client.recv(4096).startswith(b"HTTP/1.1 200")

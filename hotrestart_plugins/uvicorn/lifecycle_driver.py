@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-from hotrestart_plugins.connections import Successor
 from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
 from hotrestart_plugins.core.record import Record
+from hotrestart_plugins.draining.stats import DrainStats
+from hotrestart_plugins.handover.frames import HandoverTarget
 from hotrestart_plugins.settings import Settings
-from hotrestart_plugins.tally import Tally
 
 logger = logging.getLogger("uvicorn.error")
 
-_LOOK = 0.25  # seconds between two looks at a child of which there is no pidfd
+_POLL_INTERVAL = 0.25  # seconds between two looks at a child of which there is no pidfd
 
 
 class Serving(Protocol):
     """Who serves: one process, or a supervisor with its workers."""
 
-    tally: Tally
+    stats: DrainStats
     """What the last drain did."""
 
-    async def pause(self, successor: Successor | None = None) -> None:
-        """Accept nothing from now on; connections may go to the `successor`. Waits for nobody."""
+    async def pause(self, target: HandoverTarget | None = None) -> None:
+        """Accept nothing from now on; connections may go to the `target`. Waits for nobody."""
 
     async def all_paused(self) -> bool:
         """Wait until nobody accepts any more; False if the drain's time is over first."""
@@ -37,11 +36,11 @@ class Serving(Protocol):
     async def drain(self, seconds: float) -> bool:
         """Wait until what was accepted is finished; False if that took longer."""
 
-    def leave(self) -> None:
+    def shut_down(self) -> None:
         """End, with status 0."""
 
 
-class Succession:
+class LifecycleDriver:
     """Has the running loop wait for what a ready `HotRestart` must hear, and acts on it."""
 
     def __init__(
@@ -54,7 +53,7 @@ class Succession:
         self._serving = serving
         self._loop = asyncio.get_running_loop()
         self._watched: list[int] = []
-        self._looking: asyncio.TimerHandle | None = None
+        self._polling: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
         self._after = ChildExitAction.NOTHING
         self._leaving: asyncio.Task[None] | None = None
@@ -64,19 +63,19 @@ class Succession:
         """Wait for the parent socket and for the child's end. Both change with each event."""
         fd = self._hot.fileno()
         if fd >= 0:
-            self._loop.add_reader(fd, self._asked)
+            self._loop.add_reader(fd, self._on_request)
             self._watched.append(fd)
         child = self._hot.child
         if child is not None and child.fileno() >= 0:
             self._loop.add_reader(child.fileno(), self._child_ended)
             self._watched.append(child.fileno())
         elif child is not None:
-            self._looking = self._loop.call_later(_LOOK, self._look)
+            self._polling = self._loop.call_later(_POLL_INTERVAL, self._poll_child)
 
-    def _look(self) -> None:
+    def _poll_child(self) -> None:
         child = self._hot.child
         if child is not None and child.alive:
-            self._looking = self._loop.call_later(_LOOK, self._look)
+            self._polling = self._loop.call_later(_POLL_INTERVAL, self._poll_child)
         else:
             self._child_ended()
 
@@ -84,9 +83,9 @@ class Succession:
         for fd in self._watched:
             self._loop.remove_reader(fd)
         self._watched.clear()
-        if self._looking is not None:
-            self._looking.cancel()
-            self._looking = None
+        if self._polling is not None:
+            self._polling.cancel()
+            self._polling = None
 
     def stop(self) -> None:
         """Wait for nothing any more; call it on the loop, before the `HotRestart` is closed."""
@@ -94,7 +93,7 @@ class Succession:
         if self._leaving is not None:
             self._leaving.cancel()
 
-    def _asked(self) -> None:
+    def _on_request(self) -> None:
         self._unwatch()
         self._hot.handle()
         self._watch()
@@ -116,8 +115,8 @@ class Succession:
         takeover_id, pid = (child.takeover_id, child.pid) if child is not None else (0, 0)
         return Record(self._directory, takeover_id, pid, "parent", logger)
 
-    def _tally(self) -> dict[str, int]:
-        return asdict(self._serving.tally)
+    def _stats(self) -> dict[str, int]:
+        return self._serving.stats.as_record()
 
     async def _drain(self, deadline: float, record: Record, given: list[str]) -> None:
         if await self._serving.all_paused():
@@ -129,28 +128,28 @@ class Succession:
         error = drain.exception()
         if error is not None:  # it leaves all the same, and cuts off what is open
             logger.error("The drain has failed", exc_info=error)
-        record.note("drained", tally=self._tally())
+        record.note("drained", tally=self._stats())
 
     async def _replaced(self) -> None:
         try:
-            await self._leave()
+            await self._drain_and_exit()
         except Exception:
             # It must not go on accepting beside the new one, nor end what it has accepted.
             logger.exception("Cannot make way as it should: this instance drains and leaves")
             self._hot.stand_down()
-            self._serving.leave()
+            self._serving.shut_down()
 
-    async def _leave(self) -> None:
+    async def _drain_and_exit(self) -> None:
         """Drain, stand by through the rollback window, and go; or serve again."""
         now = self._loop.time()
         window = now + self._settings.rollback_window
         record = self._record()
         child = self._hot.child
-        successor = None
+        target = None
         if child is not None and not self._settings.no_handover:
-            successor = Successor(self._directory, child.takeover_id)
+            target = HandoverTarget(self._directory, child.takeover_id)
         given = sorted(child.given) if child is not None else []
-        await self._serving.pause(successor)
+        await self._serving.pause(target)
         drain = asyncio.ensure_future(
             self._drain(now + self._settings.drain_timeout, record, given)
         )
@@ -166,7 +165,7 @@ class Succession:
                 await self._serving.resume()
                 self._leaving = None
                 logger.warning("Accepting again")
-                record.note("accepting again", outcome="rolled back", tally=self._tally())
+                record.note("accepting again", outcome="rolled back", tally=self._stats())
                 return
             if not drain.done():
                 await asyncio.wait({drain})
@@ -175,5 +174,5 @@ class Succession:
             drain.cancel()
             ended.cancel()
         self._hot.stand_down()
-        logger.info("Drained: %s; leaving", self._serving.tally)
-        self._serving.leave()
+        logger.info("Drained: %s; leaving", self._serving.stats)
+        self._serving.shut_down()

@@ -8,9 +8,9 @@ from typing import Any
 
 from uvicorn.server import ServerState
 
-from hotrestart_plugins.spreading import LastPart
-from hotrestart_plugins.streams import EventStream, EventStreams
-from hotrestart_plugins.tally import Tally
+from hotrestart_plugins.draining.event_streams import EventStream, EventStreams
+from hotrestart_plugins.draining.stagger import StaggeredClose
+from hotrestart_plugins.draining.stats import DrainStats
 
 _NO_ERROR = 0  # RFC 9113 section 7
 _MOST_STREAM = 2**31 - 1  # a GOAWAY that only says 'no new ones, please', RFC 9113 section 6.8
@@ -32,7 +32,7 @@ def is_idle(connection: Any) -> bool:
     return not is_websocket(connection) and (cycle is None or cycle.response_complete)
 
 
-def ask_to_leave(connection: Any, header: tuple[bytes, bytes]) -> None:
+def announce_close(connection: Any, header: tuple[bytes, bytes]) -> None:
     """Have the answer under way say that the connection closes, by `header` or by GOAWAY."""
     if hasattr(connection, "cycles"):  # HTTP/2: what is on its way is served all the same
         connection.conn.close(_NO_ERROR, _MOST_STREAM)
@@ -44,7 +44,7 @@ def ask_to_leave(connection: Any, header: tuple[bytes, bytes]) -> None:
         cycle.default_headers.append(header)
 
 
-def close_behind(connection: Any, header: tuple[bytes, bytes]) -> None:
+def close_after_response(connection: Any, header: tuple[bytes, bytes]) -> None:
     """Have the last answer that is awaited on this one connection say, by `header`, that it closes.
 
     What is sent behind that request is not answered here.
@@ -54,7 +54,7 @@ def close_behind(connection: Any, header: tuple[bytes, bytes]) -> None:
         cycle.default_headers = [*cycle.default_headers, header]
 
 
-class Endings:
+class DrainTracker:
     """The connections that were open when a drain began, and what becomes of them."""
 
     def __init__(self, state: ServerState, streams: EventStreams) -> None:
@@ -64,15 +64,15 @@ class Endings:
         self._requests = state.total_requests
         # Whether an answer was under way, or which one was the last.
         self._then = {one: (is_idle(one), getattr(one, "cycle", None)) for one in state.connections}
-        self._tally = Tally()
-        self._last_part = LastPart(self._long, self._end)
+        self._stats = DrainStats()
+        self._staggered = StaggeredClose(self._long, self._end)
         self._tasks: set[asyncio.Task[None]] = set()
         self.ended: set[Any] = set()
         """The long-lived connections that were brought to their end."""
 
     def spread(self, left: float, whole: float) -> None:
         """With `left` of `whole` seconds to go, end as many of the long-lived as is due."""
-        self._last_part.step(left, whole)
+        self._staggered.step(left, whole)
 
     def _long(self) -> list[Any]:
         return [
@@ -93,7 +93,7 @@ class Endings:
             return
         if is_websocket(connection):
             self.ended.add(connection)
-            self._tally.websockets += 1
+            self._stats.websockets += 1
             connection.shutdown()
             return
         # In tasks, since a client that does not read holds its own up, and nobody else's.
@@ -109,39 +109,41 @@ class Endings:
         await stream.end()
         if stream.ended:
             self.ended.add(connection)
-            self._tally.streams += 1
+            self._stats.streams += 1
             cycle.disconnected = True  # the app's receive() says that the client has gone
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """The time is over: wait no more for clients that do not read."""
         for task in self._tasks:
             task.cancel()
 
-    def tally(self, moved: AbstractSet[Any] = frozenset(), *, cut: bool = True) -> Tally:
-        """The account, as of now, less what was `moved`; `cut`: what is open is cut off."""
-        tally = Tally(websockets=self._tally.websockets, streams=self._tally.streams)
-        tally.moved = len(moved)
-        tally.requests = self._state.total_requests - self._requests
+    def stats(
+        self, handed_over: AbstractSet[Any] = frozenset(), *, abort: bool = True
+    ) -> DrainStats:
+        """The account, as of now, less what was `handed_over`; `abort`: what is open is cut off."""
+        stats = DrainStats(websockets=self._stats.websockets, streams=self._stats.streams)
+        stats.handed_over = len(handed_over)
+        stats.requests = self._state.total_requests - self._requests
         for one, (was_idle, cycle) in self._then.items():
-            if one in self._state.connections or one in self.ended or one in moved:
+            if one in self._state.connections or one in self.ended or one in handed_over:
                 continue
             if was_idle and getattr(one, "cycle", None) is cycle:
-                tally.idle += 1
+                stats.idle += 1
             else:
-                tally.finished += 1
-        if not cut:
-            return tally
+                stats.finished += 1
+        if not abort:
+            return stats
         busy = 0
         for one in self._state.connections:
             if is_websocket(one):
-                tally.cut_websockets += one not in self.ended
+                stats.aborted_websockets += one not in self.ended
                 busy += one not in self.ended
             elif not is_idle(one):
-                tally.cut_requests += 1
+                stats.aborted_requests += 1
                 busy += 1
             elif one.transport.get_write_buffer_size():  # its client has yet to read the answer
-                tally.cut_requests += 1
+                stats.aborted_requests += 1
             else:
-                tally.cut_idle += 1
-        tally.cut_tasks = max(0, len(self._state.tasks) - busy)
-        return tally
+                stats.aborted_idle += 1
+        stats.aborted_tasks = max(0, len(self._state.tasks) - busy)
+        return stats

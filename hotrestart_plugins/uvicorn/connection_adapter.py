@@ -13,12 +13,12 @@ from typing import Any
 
 import uvicorn
 
-from hotrestart_plugins.connections import Kind
+from hotrestart_plugins.handover.frames import ConnectionState
 
 _PARSERS = {"uvicorn.protocols.http.h11_impl", "uvicorn.protocols.http.httptools_impl"}
 
 
-def kind_of(connection: Any) -> Kind | None:
+def state_of(connection: Any) -> ConnectionState | None:
     """What a connection waits for, if it stands between two messages; None: it must stay."""
     if not hasattr(connection, "cycle"):  # a WebSocket
         return None
@@ -31,13 +31,13 @@ def kind_of(connection: Any) -> Kind | None:
     ):
         return None
     if hasattr(connection, "conn"):
-        return _kind_h11(connection)
+        return _state_h11(connection)
     if hasattr(connection, "pipeline") and hasattr(connection, "parser"):
-        return _kind_httptools(connection)
+        return _state_httptools(connection)
     return None
 
 
-def _kind_h11(connection: Any) -> Kind | None:
+def _state_h11(connection: Any) -> ConnectionState | None:
     if not hasattr(connection.conn, "trailing_data") or hasattr(connection, "cycles"):
         return None
     states = (connection.conn.our_state.__name__, connection.conn.their_state.__name__)
@@ -46,38 +46,46 @@ def _kind_h11(connection: Any) -> Kind | None:
     cycle = connection.cycle
     if cycle is None:
         return _unasked(connection)
-    return Kind.IDLE if cycle.response_complete and cycle.keep_alive else None
+    return ConnectionState.IDLE if cycle.response_complete and cycle.keep_alive else None
 
 
-def _kind_httptools(connection: Any) -> Kind | None:
+def _state_httptools(connection: Any) -> ConnectionState | None:
     cycle = connection.cycle
     if cycle is None:
         # The scope is made with the first byte of a message.
         return _unasked(connection) if connection.scope is None else None
     whole = cycle.response_complete and not cycle.more_body and not connection.pipeline
     # A later message has begun if the scope is no longer that of the last request.
-    return Kind.IDLE if whole and cycle.keep_alive and cycle.scope is connection.scope else None
+    return (
+        ConnectionState.IDLE
+        if whole and cycle.keep_alive and cycle.scope is connection.scope
+        else None
+    )
 
 
-def _unasked(connection: Any) -> Kind:
+def _unasked(connection: Any) -> ConnectionState:
     """Of one that was asked nothing here: where its time runs, it has answered elsewhere."""
-    return Kind.UNREAD if connection.timeout_keep_alive_task is None else Kind.IDLE
+    return (
+        ConnectionState.FRESH
+        if connection.timeout_keep_alive_task is None
+        else ConnectionState.IDLE
+    )
 
 
-def movable(config: uvicorn.Config) -> bool:
+def can_hand_over(config: uvicorn.Config) -> bool:
     """Whether this server's connections can be moved at all: plaintext, and by these parsers."""
     modules = {one.__module__ for one in config.http_protocol_class.__mro__}
     return config.ssl is None and bool(modules & _PARSERS)
 
 
-class UvicornWays:
-    """How a `Mover` deals with uvicorn's connections."""
+class UvicornConnectionAdapter:
+    """How a `ConnectionSender` deals with uvicorn's connections."""
 
-    def kind(self, connection: Any) -> Kind | None:
-        """See `kind_of`."""
-        return kind_of(connection)
+    def state(self, connection: Any) -> ConnectionState | None:
+        """See `state_of`."""
+        return state_of(connection)
 
-    def watch(self, connection: Any, answered: Callable[[], None]) -> None:
+    def on_response(self, connection: Any, answered: Callable[[], None]) -> None:
         """Call `answered` behind each answer from now on."""
         original = getattr(connection, "on_response_complete", None)
         if original is None:
@@ -98,7 +106,7 @@ class UvicornWays:
         """Of its socket."""
         return int(connection.transport.get_extra_info("socket").fileno())
 
-    def hold(self, connection: Any, _kind: Kind) -> None:
+    def suspend(self, connection: Any, _state: ConnectionState) -> None:
         """Read nothing, and let no time pass."""
         connection.transport.pause_reading()
         timer = connection.timeout_keep_alive_task
@@ -106,23 +114,23 @@ class UvicornWays:
             timer.cancel()
             connection.timeout_keep_alive_task = None
 
-    def release(self, connection: Any, kind: Kind) -> None:
+    def resume(self, connection: Any, state: ConnectionState) -> None:
         """Wait for its request again."""
         connection.transport.resume_reading()
-        if kind is Kind.IDLE:
-            self.idles(connection)
+        if state is ConnectionState.IDLE:
+            self.start_keep_alive(connection)
 
-    def idles(self, connection: Any) -> None:
+    def start_keep_alive(self, connection: Any) -> None:
         """Its time runs as after an answer, unless the next request has already come."""
-        if connection.timeout_keep_alive_task is None and kind_of(connection) is not None:
+        if connection.timeout_keep_alive_task is None and state_of(connection) is not None:
             connection.timeout_keep_alive_task = asyncio.get_running_loop().call_later(
                 connection.timeout_keep_alive, connection.timeout_keep_alive_handler
             )
 
-    def let_go(self, connection: Any) -> None:
+    def discard(self, connection: Any) -> None:
         """It is another's: close the copy, which closes no connection."""
         connection.transport.abort()
 
-    def closing(self, connection: Any) -> bool:
+    def is_closing(self, connection: Any) -> bool:
         """Whether it has been closed meanwhile: by the app's end, or by a deadline."""
         return bool(connection.transport.is_closing())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 
 
-class Watchdog:
+class StartupWatchdog:
     """Ends this process if it is not disarmed in time. A thread, since the main one may hang."""
 
     def __init__(self, give_up: Callable[[str | None], int]) -> None:
@@ -23,19 +23,19 @@ class Watchdog:
         self._timer: threading.Timer | None = None
 
     def arm(self, seconds: float) -> None:
-        """Bark after `seconds`."""
-        self._timer = threading.Timer(seconds, self._bark)
+        """End the process after `seconds`."""
+        self._timer = threading.Timer(seconds, self._on_timeout)
         self._timer.daemon = True
         self._timer.start()
 
     def disarm(self) -> None:
-        """The process is ready, or ends by itself. Waits for the end where it has barked."""
+        """The process is ready, or ends by itself. Waits for the end where the time is over."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
 
-    def _bark(self) -> None:
+    def _on_timeout(self) -> None:
         with self._lock:
             if self._timer is None:
                 return

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_PART = 0.2  # of a drain
-_MOST = 10.0  # seconds; a longer one helps no client
+_LAST_PART = 0.2  # of a drain
+_MAX_SECONDS = 10.0  # seconds; a longer one helps no client
 _SPREAD = 0.75  # of the last part; the rest is the apps', to notice and to end
 
 
-class LastPart:
+class StaggeredClose:
     """Ends one after another, so that the clients do not all come back at once."""
 
     def __init__(
@@ -29,13 +29,13 @@ class LastPart:
 
         The last part takes `least` seconds at least.
         """
-        part = min(max(whole * _PART, least), _MOST)
+        part = min(max(whole * _LAST_PART, least), _MAX_SECONDS)
         if left > part:
             return
         if self._found is None:
             self._found = self._find()
         spent = min(1.0, (part - left) / (part * _SPREAD)) if part else 1.0
         due = max(1, round(len(self._found) * spent))
-        for one in self._found[self._done : due]:
-            self._end(one)
+        for item in self._found[self._done : due]:
+            self._end(item)
         self._done = max(self._done, due)

@@ -28,22 +28,33 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from hotrestart_plugins.app import drain
-from hotrestart_plugins.connections import Kind, Successor
-from hotrestart_plugins.endings import Endings, ask_to_leave, close_behind, is_idle
-from hotrestart_plugins.holding import UvicornWays, movable
-from hotrestart_plugins.intake import Intake
-from hotrestart_plugins.letting_go import duplicates, offer_all, stop_accepting
-from hotrestart_plugins.moving import Mover, Receiver
-from hotrestart_plugins.probe import Probe
-from hotrestart_plugins.streams import EventStreams
-from hotrestart_plugins.tally import Tally
+from hotrestart_plugins.draining.event_streams import EventStreams
+from hotrestart_plugins.draining.stats import DrainStats
+from hotrestart_plugins.handover.asyncio_glue import (
+    ConnectionAdopter,
+    duplicate_listeners,
+    offer_all,
+    stop_accepting,
+)
+from hotrestart_plugins.handover.frames import ConnectionState, HandoverTarget
+from hotrestart_plugins.handover.receiver import ConnectionReceiver
+from hotrestart_plugins.handover.sender import ConnectionSender
+from hotrestart_plugins.lifecycle.probe import Probe
+from hotrestart_plugins.uvicorn.connection_adapter import UvicornConnectionAdapter, can_hand_over
+from hotrestart_plugins.uvicorn.drain_tracker import (
+    DrainTracker,
+    announce_close,
+    close_after_response,
+    is_idle,
+)
 
 CLOSE = (b"connection", b"close")
-_LOOK = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
-_LOOK_MOVING = 0.01  # the same while connections are on their way to the successor
-_LOOK_EACH = 1e-4  # for each connection, between two looks at all, of which each takes 2 or 3 us
-_DOUBT = 0.5  # seconds for the word that the successor has died: its channels end before it
-_WIND_UP = 1.0  # seconds for the app's side of what was brought to its end at the last moment
+_POLL_INTERVAL = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
+_POLL_INTERVAL_IN_HANDOVER = 0.01  # the same while connections are on their way to the successor
+_POLL_INTERVAL_EACH = 1e-4  # for each connection, between two looks at all: each takes 2 or 3 us
+_NEW_INSTANCE_DEATH_GRACE = 0.5
+"""Seconds for the word that the new instance has died: its channels end before it."""
+_EXIT_GRACE = 1.0  # seconds for the app's side of what was brought to its end at the last moment
 
 logger = logging.getLogger("uvicorn.error")
 
@@ -69,17 +80,17 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.paused = False
-        self.tally = Tally()
+        self.stats = DrainStats()
         """What the last drain did."""
         self._listeners: list[socket.socket] = []
         self._spares: list[socket.socket] = []
         """Duplicates of the listeners, for a pause: there may be no room for a descriptor then."""
         self._streams = EventStreams()
-        self._endings: Endings | None = None
-        self._mover: Mover | None = None
-        self._doubt: asyncio.TimerHandle | None = None
-        self._receiver: Receiver | None = None
-        self._intake: Intake | None = None
+        self._tracker: DrainTracker | None = None
+        self._sender: ConnectionSender | None = None
+        self._announcing: asyncio.TimerHandle | None = None
+        self._receiver: ConnectionReceiver | None = None
+        self._adopter: ConnectionAdopter | None = None
         self._drain_deadline = 0.0
         self._leaving: weakref.WeakSet[Any] | None = None
         """The connections that were asked to leave; None: none shall."""
@@ -96,7 +107,7 @@ class DrainingServer(uvicorn.Server):
             self.config.ws_protocol_class = functools.partial(  # type: ignore[assignment]
                 _websocket, self.config.ws_protocol_class
             )
-        self.config.loaded_app = self._streams.around(self.config.loaded_app)
+        self.config.loaded_app = self._streams.wrap(self.config.loaded_app)
         if self.probe is not None:
             self.lifespan.startup = functools.partial(
                 self._start_and_probe, self.lifespan.startup, self.probe
@@ -104,7 +115,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             self._listeners = list(sockets or _listeners_of(self.servers))
-            self._spares = duplicates(self._listeners)
+            self._spares = duplicate_listeners(self._listeners)
 
     async def _start_and_probe(self, start: Callable[[], Any], probe: Probe) -> None:
         await start()
@@ -136,55 +147,59 @@ class DrainingServer(uvicorn.Server):
 
     # -- accepting -----------------------------------------------------------------------------
 
-    async def pause(self, successor: Successor | None = None) -> None:
+    async def pause(self, target: HandoverTarget | None = None) -> None:
         """Accept nothing from now on; what was accepted is kept, and closed after its answer.
 
-        With a `successor`, connections go to it between two messages instead. Duplicates of the
+        With a `target`, connections go to it between two messages instead. Duplicates of the
         listeners stay open, so that `resume` can accept on them again. A stop that follows without
         a `drain` waits for what is open, `drain_timeout` from now at most.
         """
         if self.paused or not self.started:
             return
-        kept, self._spares = self._spares or duplicates(self._listeners), []
+        kept, self._spares = self._spares or duplicate_listeners(self._listeners), []
         self.paused = True
         self._drain_deadline = time.monotonic() + self.drain_timeout
         loop = asyncio.get_running_loop()
         await stop_accepting(self.servers, [one.fileno() for one in self._listeners])
         self.servers = []
         self._listeners = kept
-        self._endings = Endings(self.server_state, self._streams)
+        self._tracker = DrainTracker(self.server_state, self._streams)
         drain.set()
-        if successor is not None and movable(self.config):
-            self._mover = Mover(
-                successor, UvicornWays(), loop=loop, failed=self._not_moved, logger=logger
+        if target is not None and can_hand_over(self.config):
+            self._sender = ConnectionSender(
+                target,
+                UvicornConnectionAdapter(),
+                loop=loop,
+                on_failure=self._on_handover_failure,
+                logger=logger,
             )
-        if self._mover is None or not await offer_all(self._mover, self.server_state.connections):
+        if self._sender is None or not await offer_all(self._sender, self.server_state.connections):
             self._announce_close()
 
-    def _not_moved(self) -> None:
+    def _on_handover_failure(self) -> None:
         """The successor takes no connections any more; or it has died, and `resume` comes next."""
-        if self.paused and self._mover is not None:
+        if self.paused and self._sender is not None:
             loop = asyncio.get_running_loop()
-            self._doubt = loop.call_later(_DOUBT, self._announce_close)
+            self._announcing = loop.call_later(_NEW_INSTANCE_DEATH_GRACE, self._announce_close)
 
     async def resume(self) -> None:
         """Accept again, after `pause`."""
         if not self.paused:
             return
-        if self._doubt is not None:
-            self._doubt.cancel()
-            self._doubt = None
-        mover, self._mover = self._mover, None
-        if mover is not None:
-            mover.close()
-        if self._endings is not None:
-            self._endings.give_up()
-            moved = mover.moved if mover is not None else frozenset()
-            self.tally = self._endings.tally(moved, cut=False)
+        if self._announcing is not None:
+            self._announcing.cancel()
+            self._announcing = None
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close()
+        if self._tracker is not None:
+            self._tracker.cancel()
+            handed_over = sender.handed_over if sender is not None else frozenset()
+            self.stats = self._tracker.stats(handed_over, abort=False)
             # Else the limit that they have reached would end it as soon as it serves again.
-            self.server_state.total_requests -= self.tally.requests
+            self.server_state.total_requests -= self.stats.requests
         announced = self._leaving is not None
-        self._endings = self._leaving = None
+        self._tracker = self._leaving = None
         drain.clear()
         if announced:  # it comes last, behind a header of the user's own that may be the same
             self.config.encoded_headers = self.config.encoded_headers[:-1]
@@ -198,7 +213,7 @@ class DrainingServer(uvicorn.Server):
                 )
             )
         with contextlib.suppress(OSError):  # no room now; the next pause tries again
-            self._spares = duplicates(self._listeners)
+            self._spares = duplicate_listeners(self._listeners)
         self.paused = False
 
     def _protocol(self) -> asyncio.Protocol:
@@ -215,9 +230,9 @@ class DrainingServer(uvicorn.Server):
         # Responses under way hold this very list.
         self.server_state.default_headers.append(CLOSE)
         self._leaving = weakref.WeakSet()
-        self._ask_all_to_leave()
+        self._announce_close_to_all()
 
-    def _ask_all_to_leave(self) -> None:
+    def _announce_close_to_all(self) -> None:
         """Ask each connection once, be it that it only now turns out to be HTTP/2."""
         if self._leaving is None:
             return
@@ -226,22 +241,24 @@ class DrainingServer(uvicorn.Server):
         ]:
             self._leaving.add(connection)
             try:
-                ask_to_leave(connection, CLOSE)
+                announce_close(connection, CLOSE)
             except Exception:  # the others, and the drain itself, do not depend on it
                 logger.exception("A connection cannot be told that it closes")
 
-    def take_in(self, path: Path) -> None:
+    def receive_connections(self, path: Path) -> None:
         """Listen at `path` for the connections of the instance that this one takes over from."""
-        if movable(self.config):
+        if can_hand_over(self.config):
             loop = asyncio.get_running_loop()
-            self._intake = Intake(loop, self._protocol, self._arrived)
-            self._receiver = Receiver.open(path, self._intake.take_in, loop=loop, logger=logger)
+            self._adopter = ConnectionAdopter(loop, self._protocol, self._on_adopted)
+            self._receiver = ConnectionReceiver.open(
+                path, self._adopter.adopt, loop=loop, logger=logger
+            )
 
-    def _arrived(self, connection: Any, kind: Kind) -> None:
-        if kind is Kind.IDLE:
-            UvicornWays().idles(connection)
-        if self._mover is not None:  # this instance was replaced meanwhile, too
-            self._mover.add(connection)
+    def _on_adopted(self, connection: Any, state: ConnectionState) -> None:
+        if state is ConnectionState.IDLE:
+            UvicornConnectionAdapter().start_keep_alive(connection)
+        if self._sender is not None:  # this instance was replaced meanwhile, too
+            self._sender.add(connection)
 
     # -- draining ------------------------------------------------------------------------------
 
@@ -255,41 +272,41 @@ class DrainingServer(uvicorn.Server):
         await self.pause()
         begun = time.monotonic()
         self._drain_deadline = begun + seconds
-        endings = self._endings or Endings(self.server_state, self._streams)
+        tracker = self._tracker or DrainTracker(self.server_state, self._streams)
         look_at_all = begun
         while self._open() and not self.force_exit:
             now = time.monotonic()
             if now >= look_at_all:
                 self._offer_again()
-                look_at_all = now + len(self.server_state.connections) * _LOOK_EACH
-            if now >= begun + seconds / 2 and self._mover is not None:
-                for connection in self._mover.behind & self.server_state.connections:
-                    close_behind(connection, CLOSE)
-            self._ask_all_to_leave()
-            endings.spread(max(0.0, self._drain_deadline - now), seconds)
-            if now >= self._drain_deadline + (_WIND_UP if endings.ended else 0.0):
+                look_at_all = now + len(self.server_state.connections) * _POLL_INTERVAL_EACH
+            if now >= begun + seconds / 2 and self._sender is not None:
+                for connection in self._sender.unfinished & self.server_state.connections:
+                    close_after_response(connection, CLOSE)
+            self._announce_close_to_all()
+            tracker.spread(max(0.0, self._drain_deadline - now), seconds)
+            if now >= self._drain_deadline + (_EXIT_GRACE if tracker.ended else 0.0):
                 break
             if linger is not None and now >= begun + linger:
                 for connection in list(self.server_state.connections):
                     if is_idle(connection):
                         connection.shutdown()
-            moving = self._mover is not None and self._mover.busy
-            await asyncio.sleep(_LOOK_MOVING if moving else _LOOK)
-        endings.give_up()
-        self.tally = endings.tally(self._moved)
+            moving = self._sender is not None and self._sender.busy
+            await asyncio.sleep(_POLL_INTERVAL_IN_HANDOVER if moving else _POLL_INTERVAL)
+        tracker.cancel()
+        self.stats = tracker.stats(self._handed_over)
         return not self._open()
 
     def _offer_again(self) -> None:
         """Offer those, too, that had something left to be written or read behind their answer."""
-        if self._mover is not None and self._mover.all_watched:
-            self._mover.watch_all(self.server_state.connections)
+        if self._sender is not None and self._sender.all_offered:
+            self._sender.offer_all(self.server_state.connections)
 
     @property
-    def _moved(self) -> AbstractSet[Any]:
-        return self._mover.moved if self._mover is not None else frozenset()
+    def _handed_over(self) -> AbstractSet[Any]:
+        return self._sender.handed_over if self._sender is not None else frozenset()
 
     def _open(self) -> int:
-        arriving = self._intake.pending if self._intake is not None else 0
+        arriving = self._adopter.pending if self._adopter is not None else 0
         return len(self.server_state.connections) + len(self.server_state.tasks) + arriving
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -297,7 +314,7 @@ class DrainingServer(uvicorn.Server):
         if self.paused:
             await self.drain(max(0.0, self._drain_deadline - time.monotonic()))
         elif self.drain_on_stop:
-            await self._let_go()
+            await self._stop_accepting()
             timeout = self.config.timeout_graceful_shutdown
             await self.drain(
                 self.drain_timeout if timeout is None else float(timeout),
@@ -305,16 +322,16 @@ class DrainingServer(uvicorn.Server):
             )
         if self._receiver is not None:
             self._receiver.close()
-        if self._mover is not None:
-            self._mover.close()
+        if self._sender is not None:
+            self._sender.close()
         if self.paused:
-            self._cut_off()
+            self._abort_open()
             self._close_listeners()
         self._close_spares()
         await super().shutdown(sockets)
 
-    async def _let_go(self) -> None:
-        """Without a successor: accept what waits in the listeners' queues, and close them.
+    async def _stop_accepting(self) -> None:
+        """Without a new instance: accept what waits in the listeners' queues, and close them.
 
         Whoever connects later is refused at once, and a proxy turns to the next server.
         """
@@ -347,9 +364,9 @@ class DrainingServer(uvicorn.Server):
             one.close()
         self._spares = []
 
-    def _cut_off(self) -> None:
+    def _abort_open(self) -> None:
         if self._open():
-            logger.warning("The drain timeout is over: %s", self.tally.cut_text())
+            logger.warning("The drain timeout is over: %s", self.stats.aborted_text())
             # What a drain had time for has had it: uvicorn would wait again, without an end.
             self.config.timeout_graceful_shutdown = 0
 

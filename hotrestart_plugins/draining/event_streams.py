@@ -25,16 +25,16 @@ class EventStreams:
         self._open: dict[int, EventStream] = {}  # by the identity of what sends it, or its own
 
     @property
-    def under_way(self) -> list[EventStream]:
+    def active(self) -> list[EventStream]:
         """Begun, and not complete."""
-        return [one for one in self._open.values() if one.under_way]
+        return [one for one in self._open.values() if one.active]
 
     def of(self, sender: object) -> EventStream | None:
         """The one under way that the server sends with this object, if there is one."""
         stream = self._open.get(id(sender))
-        return stream if stream is not None and stream.under_way else None
+        return stream if stream is not None and stream.active else None
 
-    def around(self, app: App) -> App:
+    def wrap(self, app: App) -> App:
         """The app whose event streams these are; of requests that accept one."""
 
         async def call(scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -57,7 +57,7 @@ class EventStream:
     def __init__(self, receive: Receive, send: Send) -> None:
         """`receive` and `send` are the server's."""
         self.receive = receive
-        self.under_way = False
+        self.active = False
         """Whether it is an event stream, and its last part has still to come."""
         self.ended = False
         """Whether the last part was sent by `end`."""
@@ -75,9 +75,9 @@ class EventStream:
             if self.ended:
                 return
             if message["type"] == "http.response.start":
-                self.under_way = _lasts(message.get("headers", ()))
+                self.active = _lasts(message.get("headers", ()))
             elif message["type"] == "http.response.body" and not message.get("more_body"):
-                self.under_way = False
+                self.active = False
             await self._send(message)
 
     async def end(self) -> None:
@@ -86,9 +86,9 @@ class EventStream:
         Takes as long as that; for ever, where the client has stopped reading.
         """
         async with self._turn:
-            if self.under_way:
+            if self.active:
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-                self.under_way = False
+                self.active = False
                 self.ended = True
 
 

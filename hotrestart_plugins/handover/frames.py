@@ -30,7 +30,7 @@ from hotrestart_plugins.core import credentials
 from hotrestart_plugins.core.datagram import close_all
 from hotrestart_plugins.errors import MessageError
 
-MOST = 253
+MAX_DESCRIPTORS = 253
 """Descriptors that fit in one message: SCM_MAX_FD, unix(7)."""
 
 _PREFIX = "moved."
@@ -41,19 +41,19 @@ _FD_SIZE = 4
 _BACKLOG = 64
 
 
-class Kind(bytes, enum.Enum):
+class ConnectionState(bytes, enum.Enum):
     """What a connection waits for."""
 
-    UNREAD = b"u"
+    FRESH = b"u"
     """It was accepted, and nothing was read from it."""
     IDLE = b"i"
     """Its last request was answered."""
 
 
-_KINDS = {kind.value[0]: kind for kind in Kind}
+_STATES = {state.value[0]: state for state in ConnectionState}
 
 
-class Successor(NamedTuple):
+class HandoverTarget(NamedTuple):
     """Where connections may go."""
 
     directory: Path
@@ -62,22 +62,22 @@ class Successor(NamedTuple):
     """The child's, see `RendezvousDirectory.child_takeover_id`."""
 
 
-class Arrival(NamedTuple):
+class ReceivedConnection(NamedTuple):
     """One connection that came. Whoever receives it owns the socket."""
 
     sock: socket.socket
-    kind: Kind
+    state: ConnectionState
 
 
-def path_of(successor: Successor, process_pid: int) -> Path:
+def path_of(target: HandoverTarget, process_pid: int) -> Path:
     """Where a process of the new instance listens for connections."""
-    return successor.directory / f"{_PREFIX}{successor.takeover_id:x}.{process_pid}"
+    return target.directory / f"{_PREFIX}{target.takeover_id:x}.{process_pid}"
 
 
-def receivers(successor: Successor) -> list[Path]:
+def receivers(target: HandoverTarget) -> list[Path]:
     """Where the processes of the new instance listen; none, if this one may not look."""
     try:
-        return sorted(successor.directory.glob(f"{_PREFIX}{successor.takeover_id:x}.*"))
+        return sorted(target.directory.glob(f"{_PREFIX}{target.takeover_id:x}.*"))
     except PermissionError:  # up to Python 3.12; later ones find nothing
         return []
 
@@ -129,21 +129,23 @@ def check(channel: socket.socket) -> None:
     credentials.check(*credentials.of_peer(channel))
 
 
-def send(channel: socket.socket, number: int, batch: Sequence[tuple[int, Kind]]) -> None:
+def send(channel: socket.socket, number: int, batch: Sequence[tuple[int, ConnectionState]]) -> None:
     """Send a batch of descriptors, which stay the caller's. Raises BlockingIOError, OSError."""
-    kinds = b"".join(kind.value for _, kind in batch)
+    states = b"".join(state.value for _, state in batch)
     fds = struct.pack(f"={len(batch)}i", *(fd for fd, _ in batch))
-    channel.sendmsg([_NUMBER.pack(number) + kinds], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+    channel.sendmsg([_NUMBER.pack(number) + states], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
 
 
-def receive(channel: socket.socket) -> tuple[int, list[Arrival]] | None:
+def receive(channel: socket.socket) -> tuple[int, list[ReceivedConnection]] | None:
     """A batch, its sockets the caller's; None at the end of the channel.
 
     Raises BlockingIOError, OSError, and MessageError for what cannot be taken as a whole: the
     descriptors are closed then, and must not be acknowledged.
     """
     data, ancillary, flags, _ = channel.recvmsg(
-        _NUMBER.size + MOST, socket.CMSG_SPACE(MOST * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
+        _NUMBER.size + MAX_DESCRIPTORS,
+        socket.CMSG_SPACE(MAX_DESCRIPTORS * _FD_SIZE),
+        socket.MSG_CMSG_CLOEXEC,
     )
     if not data:
         return None
@@ -151,24 +153,24 @@ def receive(channel: socket.socket) -> tuple[int, list[Arrival]] | None:
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.extend(struct.unpack(f"={len(content) // _FD_SIZE}i", content))
-    kinds = data[_NUMBER.size :]
+    states = data[_NUMBER.size :]
     # Cut off: this process has no room for more descriptors.
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != len(kinds):
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != len(states):
         close_all(fds)
-        raise MessageError(f"{len(fds)} of {len(kinds)} connections came (descriptor limit?)")
-    if len(data) < _NUMBER.size or not _KINDS.keys() >= set(kinds):
+        raise MessageError(f"{len(fds)} of {len(states)} connections came (descriptor limit?)")
+    if len(data) < _NUMBER.size or not _STATES.keys() >= set(states):
         close_all(fds)
         raise MessageError(f"{data[:20]!r} is no batch of connections (another version?)")
     (number,) = _NUMBER.unpack_from(data)
-    return number, _arrivals(fds, kinds)
+    return number, _connections(fds, states)
 
 
-def _arrivals(fds: list[int], kinds: bytes) -> list[Arrival]:
+def _connections(fds: list[int], states: bytes) -> list[ReceivedConnection]:
     """What each descriptor is, and that it does not block, is seen to by the event loop."""
-    found: list[Arrival] = []
-    for fd, kind in zip(fds, kinds, strict=True):
+    found: list[ReceivedConnection] = []
+    for fd, state in zip(fds, states, strict=True):
         try:
-            found.append(Arrival(socket.socket(fileno=fd), _KINDS[kind]))
+            found.append(ReceivedConnection(socket.socket(fileno=fd), _STATES[state]))
         except OSError:  # no socket
             close_all([fd])
     return found

@@ -1,0 +1,81 @@
+"""The account of a drain: what became of the connections that were open when it began."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+_RECORD_KEYS = {
+    "handed_over": "moved",
+    "aborted_requests": "cut_requests",
+    "aborted_websockets": "cut_websockets",
+    "aborted_idle": "cut_idle",
+    "aborted_tasks": "cut_tasks",
+}
+"""The names of fields in the handover record, where they differ."""
+
+
+@dataclass
+class DrainStats:
+    """What a drain did, in connections unless it says otherwise."""
+
+    requests: int = 0
+    """Requests answered since it began."""
+    finished: int = 0
+    """Closed after an answer."""
+    handed_over: int = 0
+    """Handed over to the successor."""
+    idle: int = 0
+    """Closed without a further request, by the client or by the keep-alive timeout."""
+    websockets: int = 0
+    """WebSockets closed with 1012."""
+    streams: int = 0
+    """Event streams brought to their end."""
+    aborted_requests: int = 0
+    """Requests under way when the time was over."""
+    aborted_websockets: int = 0
+    aborted_idle: int = 0
+    aborted_tasks: int = 0
+    """Background tasks, likewise."""
+
+    @classmethod
+    def by_numbers(cls, before: int, left: int, answers: int, handed_over: int = 0) -> DrainStats:
+        """Where only numbers are known: of connections before and now, and of answers since.
+
+        Each answer closes its connection, so those that ended without one were idle.
+        """
+        ended = max(0, before - left - handed_over)
+        finished = min(answers, ended)
+        return cls(
+            requests=answers, finished=finished, handed_over=handed_over, idle=ended - finished
+        )
+
+    def __add__(self, other: DrainStats) -> DrainStats:
+        """The sum, of several workers."""
+        mine, theirs = asdict(self), asdict(other)
+        return DrainStats(**{name: mine[name] + theirs[name] for name in mine})
+
+    @property
+    def aborted(self) -> int:
+        """Everything that was cut off."""
+        return (
+            self.aborted_requests + self.aborted_websockets + self.aborted_idle + self.aborted_tasks
+        )
+
+    def aborted_text(self) -> str:
+        """What was cut off, in words."""
+        return (
+            f"cutting off {self.aborted_requests} requests, {self.aborted_websockets} WebSockets, "
+            f"{self.aborted_idle} idle connections, {self.aborted_tasks} background tasks"
+        )
+
+    def as_record(self) -> dict[str, int]:
+        """The counts by the names that they have in the handover record."""
+        return {_RECORD_KEYS.get(name, name): count for name, count in asdict(self).items()}
+
+    def __str__(self) -> str:
+        ended = self.finished + self.idle + self.websockets + self.streams
+        return (
+            f"{self.requests} requests answered while draining; {self.handed_over} connections "
+            f"handed over, {ended} ended ({self.finished} after an answer, {self.idle} idle, "
+            f"{self.websockets} WebSockets, {self.streams} event streams), {self.aborted} cut off"
+        )

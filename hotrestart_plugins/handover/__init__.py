@@ -1,0 +1,1 @@
+"""Established connections, from a process of one instance to a process of another."""

@@ -1,0 +1,1 @@
+"""What an instance goes through from its start to its exit."""

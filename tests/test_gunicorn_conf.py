@@ -14,7 +14,7 @@ from gunicorn.app.base import Application
 from gunicorn.config import KNOWN_SETTINGS, Config
 
 from hotrestart_plugins.errors import ConfigurationError
-from hotrestart_plugins.gunicorn import arbiter, hooks
+from hotrestart_plugins.gunicorn import entry_points, hooks
 from hotrestart_plugins.settings import OPTIONS
 
 OURS = (
@@ -75,9 +75,9 @@ def test_a_config_that_defines_every_hook(
     }[order]
     found = read(text)
     told: list[str] = []
-    monkeypatch.setattr(arbiter, "configured", lambda *_, **__: told.append("configured"))
+    monkeypatch.setattr(entry_points, "configured", lambda *_, **__: told.append("configured"))
     for name in ("starting", "forked", "initialised", "exiting"):
-        monkeypatch.setattr(arbiter, name, lambda *_, name=name: told.append(name))
+        monkeypatch.setattr(entry_points, name, lambda *_, name=name: told.append(name))
     config = Config()
     for name, arity in all_hooks().items():
         config.set(name, found[name])
@@ -120,7 +120,7 @@ def test_ours_is_told_of_the_end_even_if_the_users_hook_fails(
 ) -> None:
     found = read(IMPORT + CALL + "def on_exit(server):\n    raise KeyError(server)\n")
     told: list[Any] = []
-    monkeypatch.setattr(arbiter, "exiting", lambda _, reason: told.append(reason))
+    monkeypatch.setattr(entry_points, "exiting", lambda _, reason: told.append(reason))
     halting = RuntimeError("the reason")
     try:
         raise halting

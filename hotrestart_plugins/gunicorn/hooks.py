@@ -14,7 +14,7 @@ from typing import Any, cast
 from gunicorn.config import KNOWN_SETTINGS
 
 from hotrestart_plugins.errors import ConfigurationError
-from hotrestart_plugins.gunicorn import arbiter
+from hotrestart_plugins.gunicorn import entry_points
 from hotrestart_plugins.settings import OPTIONS, Settings
 
 Namespace = dict[str, Any]
@@ -125,7 +125,7 @@ def _nothing(*_: object) -> None:
 def _nworkers_changed(users: Hook, settings: Callable[[], Settings]) -> Hook:
     def nworkers_changed(server: Any, new_value: Any, old_value: Any) -> None:
         users(server, new_value, old_value)
-        arbiter.configured(server, settings, first=old_value is None)
+        entry_points.configured(server, settings, first=old_value is None)
 
     return nworkers_changed
 
@@ -133,7 +133,7 @@ def _nworkers_changed(users: Hook, settings: Callable[[], Settings]) -> Hook:
 def _on_starting(users: Hook, _: object) -> Hook:
     def on_starting(server: Any) -> None:
         users(server)  # may still change server.cfg
-        arbiter.starting(server)
+        entry_points.starting(server)
 
     return on_starting
 
@@ -141,14 +141,14 @@ def _on_starting(users: Hook, _: object) -> Hook:
 def _pre_fork(users: Hook, _: object) -> Hook:
     def pre_fork(server: Any, worker: Any) -> None:
         users(server, worker)
-        arbiter.forking()
+        entry_points.forking()
 
     return pre_fork
 
 
 def _post_fork(users: Hook, _: object) -> Hook:
     def post_fork(server: Any, worker: Any) -> None:
-        arbiter.forked(worker)
+        entry_points.forked(worker)
         users(server, worker)
 
     return post_fork
@@ -157,7 +157,7 @@ def _post_fork(users: Hook, _: object) -> Hook:
 def _post_worker_init(users: Hook, _: object) -> Hook:
     def post_worker_init(worker: Any) -> None:
         users(worker)  # may still replace signal handlers, which ours then wrap
-        arbiter.initialised()
+        entry_points.initialised()
 
     return post_worker_init
 
@@ -167,7 +167,7 @@ def _worker_exit(users: Hook, _: object) -> Hook:
         try:
             users(server, worker)
         finally:
-            arbiter.worker_exiting(worker)
+            entry_points.worker_exiting(worker)
 
     return worker_exit
 
@@ -178,7 +178,7 @@ def _on_exit(users: Hook, _: object) -> Hook:
         try:
             users(server)
         finally:
-            arbiter.exiting(server, reason)
+            entry_points.exiting(server, reason)
 
     return on_exit
 

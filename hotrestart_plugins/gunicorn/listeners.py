@@ -61,7 +61,7 @@ class Listeners:
         return made
 
     def changed(self, hot: HotRestart) -> None:
-        """ChildExitAction HUP: bind what is new, drop what is gone, and touch nothing else.
+        """After HUP: bind what is new, drop what is gone, and touch nothing else.
 
         gunicorn, which follows, would bind all of it anew, and end because it is still in use.
         What cannot be bound is said, and nothing changes then.

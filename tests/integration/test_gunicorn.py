@@ -221,11 +221,11 @@ def _backlog(address: str) -> int:
 # The Python that runs this may lie where nobody else can look: all is loaded before.
 PRELOADED = """
 preload_app = True
-import hotrestart_plugins.gunicorn.asgi
-import hotrestart_plugins.gunicorn.blocking
-import hotrestart_plugins.gunicorn.gevent
-import hotrestart_plugins.gunicorn.gthread
-import hotrestart_plugins.gunicorn.uvicorn_worker
+import hotrestart_plugins.gunicorn.adapters.asgi
+import hotrestart_plugins.gunicorn.adapters.sync
+import hotrestart_plugins.gunicorn.adapters.gevent
+import hotrestart_plugins.gunicorn.adapters.gthread
+import hotrestart_plugins.gunicorn.adapters.uvicorn_worker
 import uvicorn.loops.auto
 import uvicorn.loops.uvloop
 import uvicorn.protocols.http.auto

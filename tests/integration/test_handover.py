@@ -453,14 +453,14 @@ async def _arriving(server: DrainingServer, _port: int, place: HandoverTarget) -
 ENDS_AS_ONE_COMES = """
 import asyncio
 from app import app
-from hotrestart_plugins.gunicorn.asgi import AsgiGate
-shutdown = AsgiGate._shutdown
+from hotrestart_plugins.gunicorn.adapters.asgi import AsgiAdapter
+shutdown = AsgiAdapter._shutdown
 async def ends(gate):
     print("ends", flush=True)
     while not gate._adopter.pending:
         await asyncio.sleep(0)
     await shutdown(gate)
-AsgiGate._shutdown = ends
+AsgiAdapter._shutdown = ends
 """
 
 

@@ -1,4 +1,4 @@
-"""The gate of uvicorn's worker for gunicorn, from the uvicorn-worker package or uvicorn itself."""
+"""The adapter of uvicorn's worker for gunicorn: the uvicorn-worker package's, or uvicorn's."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import uvicorn
 
 from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import NotReady
-from hotrestart_plugins.gunicorn.looping import LoopGate
-from hotrestart_plugins.gunicorn.workers import WorkerSide, replace_where_defined
+from hotrestart_plugins.gunicorn.adapters.asyncio_base import AsyncioAdapter
+from hotrestart_plugins.gunicorn.adapters.base import replace_where_defined
+from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.uvicorn.draining_server import DrainingServer
 
 
-class UvicornGate(LoopGate):
+class UvicornWorkerAdapter(AsyncioAdapter):
     """Has the worker use a `DrainingServer`, and tells that one when to pause."""
 
-    def __init__(self, worker: Any, side: WorkerSide) -> None:
-        super().__init__(side)
+    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
+        super().__init__(agent)
         self._worker = worker
         self._server: DrainingServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -31,17 +32,17 @@ class UvicornGate(LoopGate):
         replace_where_defined(type(worker), "Server", uvicorn.Server, self._server_class())
 
     def _server_class(self) -> type[DrainingServer]:
-        gate = self
+        adapter = self
 
         class WorkerServer(DrainingServer):
             """The server of this worker."""
 
             def __init__(self, config: uvicorn.Config) -> None:
                 super().__init__(config)
-                self.drain_timeout = gate._side.settings.drain_timeout
-                self.probe = Probe.of(gate._side.settings, "localhost")
-                gate._server = self
-                gate._loop = asyncio.get_running_loop()
+                self.drain_timeout = adapter._agent.settings.drain_timeout
+                self.probe = Probe.of(adapter._agent.settings, "localhost")
+                adapter._server = self
+                adapter._loop = asyncio.get_running_loop()
 
             async def serve(self, sockets: list[Any] | None = None) -> None:
                 """As uvicorn's. uvloop closes a descriptor twice that is not a plain socket's."""
@@ -52,13 +53,13 @@ class UvicornGate(LoopGate):
                 try:
                     await super().startup(sockets)
                 except NotReady as error:
-                    gate._side.fail(error)
-                if self.started and gate._side.inlet is not None:
-                    self.receive_connections(gate._side.inlet)
+                    adapter._agent.fail(error)
+                if self.started and adapter._agent.receiver_path is not None:
+                    self.receive_connections(adapter._agent.receiver_path)
 
             async def on_tick(self, counter: int) -> bool:
                 """As uvicorn's; and a worker whose master was killed goes, too."""
-                if os.getppid() != gate._worker.ppid:
+                if os.getppid() != adapter._worker.ppid:
                     self.should_exit = True
                 return await super().on_tick(counter)
 
@@ -79,16 +80,16 @@ class UvicornGate(LoopGate):
         """The server's."""
         return self._server.stats if self._server is not None else DrainStats()
 
-    def _its_loop(self) -> asyncio.AbstractEventLoop | None:
+    def _event_loop(self) -> asyncio.AbstractEventLoop | None:
         return self._loop
 
     def _stays(self) -> bool:
         return self._server is not None and not self._server.should_exit
 
-    async def _let_go(self) -> None:
+    async def _pause(self) -> None:
         if self._server is not None:
-            await self._server.pause(self._side.handover_target)
+            await self._server.pause(self._agent.handover_target)
 
-    async def _take_up(self) -> None:
+    async def _resume(self) -> None:
         if self._server is not None:
             await self._server.resume()

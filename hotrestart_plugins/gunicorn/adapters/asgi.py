@@ -1,4 +1,4 @@
-"""The gate of gunicorn's own asgi worker, under asyncio and uvloop."""
+"""The adapter of gunicorn's own asgi worker, under asyncio and uvloop."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hotrestart_plugins.draining.event_streams import EventStream, EventStreams
 from hotrestart_plugins.draining.stagger import StaggeredClose
 from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import NotReady
-from hotrestart_plugins.gunicorn.blocking import Closing, proxied
-from hotrestart_plugins.gunicorn.looping import LoopGate
+from hotrestart_plugins.gunicorn.adapters.asyncio_base import AsyncioAdapter
+from hotrestart_plugins.gunicorn.adapters.close_hook import CloseHook, uses_proxy_protocol
 from hotrestart_plugins.handover.asyncio_glue import (
     ConnectionAdopter,
     duplicate_listeners,
@@ -32,26 +32,26 @@ from hotrestart_plugins.handover.sender import ConnectionSender
 from hotrestart_plugins.lifecycle.probe import Probe
 
 if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
+    from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 
 _SERVICE_RESTART = 1012  # close code, RFC 6455 section 7.4.2, IANA's registry
 _LEAST = 2.0  # seconds of the last part: gunicorn looks once a second whether it is to end
-_LOOK = 0.05  # seconds between two looks at what is still open
+_POLL_INTERVAL = 0.05  # seconds between two looks at what is still open
 
 
-class AsgiGate(LoopGate):
+class AsgiAdapter(AsyncioAdapter):
     """Closes the worker's servers and makes them anew on duplicates of their listeners.
 
     Owns the duplicates, which are made ahead: a worker that has no descriptors left when it is told
     to pause could make none.
     """
 
-    def __init__(self, worker: Any, side: WorkerSide) -> None:
+    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
         """After the worker has set its signals, before its loop runs."""
-        super().__init__(side)
+        super().__init__(agent)
         self._worker = worker
-        self._closing = Closing(worker)
-        self._closing.attach()  # connections look for the hook when they are made
+        self._close_hook = CloseHook(worker)
+        self._close_hook.attach()  # connections look for the hook when they are made
         self._connections: set[Any] = set()
         gasgi.ASGIProtocol = self._protocol_class()
         self._open = self._busy = self._handed_over = 0
@@ -61,7 +61,7 @@ class AsgiGate(LoopGate):
         self._ended_streams = 0
         self._endings: set[asyncio.Task[None]] = set()
         worker.asgi = self._streams.wrap(worker.asgi)
-        self._can_hand_over = not worker.cfg.is_ssl and not proxied(worker.cfg)
+        self._can_hand_over = not worker.cfg.is_ssl and not uses_proxy_protocol(worker.cfg)
         self._sender: ConnectionSender | None = None
         self._receiver: ConnectionReceiver | None = None
         self._adopter: ConnectionAdopter | None = None
@@ -70,7 +70,7 @@ class AsgiGate(LoopGate):
         self._leaving: asyncio.Task[None] | None = None
         worker.loop.add_signal_handler(signal.SIGTERM, self._terminate)
         self._shut_down, worker._shutdown = worker._shutdown, self._shutdown  # noqa: SLF001
-        probe = Probe.of(side.settings, "localhost")
+        probe = Probe.of(agent.settings, "localhost")
         if probe is not None:
             self._probe_first(probe)
 
@@ -81,7 +81,7 @@ class AsgiGate(LoopGate):
             try:
                 await probe.run(lambda: gasgi.ASGIProtocol(self._worker))
             except NotReady as error:
-                self._side.fail(error)
+                self._agent.fail(error)
 
         if self._worker.cfg.asgi_lifespan == "off":
             serve = self._worker._serve  # noqa: SLF001
@@ -118,7 +118,7 @@ class AsgiGate(LoopGate):
         for one in self._worker.sockets:
             one.sock.listen(self._worker.cfg.backlog)
         self._duplicate()
-        if self._side.inlet is not None and self._can_hand_over:
+        if self._agent.receiver_path is not None and self._can_hand_over:
             loop = self._worker.loop
             self._adopter = ConnectionAdopter(
                 loop,
@@ -126,7 +126,7 @@ class AsgiGate(LoopGate):
                 self._on_adopted,
             )
             self._receiver = ConnectionReceiver.open(
-                self._side.inlet, self._adopter.adopt, loop=loop, logger=self._worker.log
+                self._agent.receiver_path, self._adopter.adopt, loop=loop, logger=self._worker.log
             )
 
     def _duplicate(self) -> None:
@@ -138,21 +138,21 @@ class AsgiGate(LoopGate):
         if self._sender is not None:  # this instance was replaced meanwhile, too
             self._worker.loop.call_soon(self._sender.add, connection)
 
-    def _its_loop(self) -> asyncio.AbstractEventLoop:
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
         loop: asyncio.AbstractEventLoop = self._worker.loop
         return loop
 
     def _stays(self) -> bool:
         return self._leaving is None and bool(self._worker.alive)
 
-    async def _let_go(self) -> None:
+    async def _pause(self) -> None:
         if self._paused:
             return
         if not self._duplicates:
             self._duplicate()
         self._paused = True
-        target = self._side.handover_target if self._can_hand_over else None
-        self._closing.begin(close=target is None)
+        target = self._agent.handover_target if self._can_hand_over else None
+        self._close_hook.begin(close=target is None)
         worker = self._worker
         await stop_accepting(worker.servers, [one.sock.fileno() for one in worker.sockets])
         worker.servers.clear()
@@ -164,15 +164,15 @@ class AsgiGate(LoopGate):
         if target is not None:
             self._sender = ConnectionSender(
                 target,
-                Waiting(),
+                AsgiConnectionAdapter(),
                 loop=worker.loop,
-                on_failure=self._closing.announce,
+                on_failure=self._close_hook.announce,
                 logger=worker.log,
             )
             if not await offer_all(self._sender, self._connections):
-                self._closing.announce()
+                self._close_hook.announce()
 
-    async def _take_up(self) -> None:
+    async def _resume(self) -> None:
         worker = self._worker
         context = worker._get_ssl_context()  # noqa: SLF001
         for one in worker.sockets:
@@ -188,7 +188,7 @@ class AsgiGate(LoopGate):
         if self._sender is not None:
             self._sender.close()
             self._handed_over, self._sender = len(self._sender.handed_over), None
-        self._closing.end(detach=False)
+        self._close_hook.end(detach=False)
         drain.clear()
         self._paused = False
         with contextlib.suppress(OSError):  # then it tries again when it is told to pause
@@ -210,7 +210,7 @@ class AsgiGate(LoopGate):
         handed_over = (
             len(self._sender.handed_over) if self._sender is not None else self._handed_over
         )
-        answers = max(0, self._busy + self._closing.requests - busy)
+        answers = max(0, self._busy + self._close_hook.requests - busy)
         stats = DrainStats.by_numbers(self._open, left, answers, handed_over)
         if not self._worker.alive:
             stats.aborted_requests = busy - websockets
@@ -222,7 +222,7 @@ class AsgiGate(LoopGate):
 
     def _protocol_class(self) -> type[ASGIProtocol]:
         """The protocol of gunicorn, which itself only counts connections, and tells nobody."""
-        gate = self
+        adapter = self
 
         class Connection(ASGIProtocol):  # type: ignore[misc]
             """A connection that is known while it is open, and moved while it waits."""
@@ -237,12 +237,12 @@ class AsgiGate(LoopGate):
 
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 """As gunicorn's."""
-                gate._connections.add(self)
+                adapter._connections.add(self)
                 super().connection_made(transport)
 
             def connection_lost(self, exc: Exception | None) -> None:
                 """As gunicorn's."""
-                gate._connections.discard(self)
+                adapter._connections.discard(self)
                 super().connection_lost(exc)
 
             def _feed_callback_parser(self, data: bytes) -> bool:
@@ -257,14 +257,14 @@ class AsgiGate(LoopGate):
 
             def _arm_keepalive_timer(self) -> None:
                 super()._arm_keepalive_timer()
-                if gate._sender is not None:
+                if adapter._sender is not None:
                     # It does not wait yet: it is about to.
-                    gate._worker.loop.call_soon(gate._sender.on_answer, self)
+                    adapter._worker.loop.call_soon(adapter._sender.on_answer, self)
 
             def _h2c_undecided_timeout(self) -> None:
                 super()._h2c_undecided_timeout()
-                if gate._sender is not None:  # from now on it may be moved
-                    gate._worker.loop.call_soon(gate._sender.add, self)
+                if adapter._sender is not None:  # from now on it may be moved
+                    adapter._worker.loop.call_soon(adapter._sender.add, self)
 
             @property
             def waits(self) -> bool:
@@ -313,13 +313,13 @@ class AsgiGate(LoopGate):
         """
         worker = self._worker
         began = worker.loop.time()
-        patience = self._side.seconds_left
+        patience = self._agent.seconds_left
         self._close_receiver()
-        await self._let_go()
+        await self._pause()
         # gunicorn keeps a number of connections, and nothing that could be awaited.
         half = began + patience / 2
         while worker.alive and worker.nr_conns and worker.loop.time() < half:  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_POLL_INTERVAL)
         spent = int(worker.loop.time() - began)
         worker.cfg.set("graceful_timeout", max(0, patience - spent))
         worker.alive = False
@@ -331,7 +331,7 @@ class AsgiGate(LoopGate):
         while True:
             staggered.step(deadline - self._worker.loop.time(), patience, _LEAST)
             try:
-                await asyncio.sleep(_LOOK)
+                await asyncio.sleep(_POLL_INTERVAL)
             finally:  # when gunicorn cancels it, too: just before it closes what is left
                 self._last = self._account()
 
@@ -367,7 +367,7 @@ class AsgiGate(LoopGate):
                 connection._close_transport()  # noqa: SLF001  # gunicorn then tells the app
 
 
-class Waiting:
+class AsgiConnectionAdapter:
     """How connections are held that wait for a request, and what they are then."""
 
     def state(self, connection: Any) -> ConnectionState | None:

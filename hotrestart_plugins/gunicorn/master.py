@@ -1,8 +1,6 @@
 """gunicorn's master: how it takes over, and what becomes of it if it cannot.
 
-gunicorn calls, in this order: `configured` (also on HUP, TTIN, TTOU), `starting`, for each worker
-`forking` and in it `forked`, `initialised` and `worker_exiting`, at the end `exiting`. In between,
-everything that happens to the master comes through its signal queue to `Instance.wake`.
+Everything that happens to the master comes through its signal queue to `MasterController.wake`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ import atexit
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,19 +18,18 @@ from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
-from hotrestart_plugins.core import address as addresses
 from hotrestart_plugins.core.hot_restart import HotRestart, Role
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.rendezvous import default_directory
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
-from hotrestart_plugins.gunicorn import dirty, workers
-from hotrestart_plugins.gunicorn.channel import Channel, Report
-from hotrestart_plugins.gunicorn.identity import Identity
+from hotrestart_plugins.gunicorn import dirty_arbiter, worker_agent
+from hotrestart_plugins.gunicorn.adapters.base import worker_kind
+from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
+from hotrestart_plugins.gunicorn.lifecycle_driver import LifecycleDriver
 from hotrestart_plugins.gunicorn.listeners import Listeners
-from hotrestart_plugins.gunicorn.succession import Succession
-from hotrestart_plugins.gunicorn.wakeup import Wakeups
+from hotrestart_plugins.gunicorn.singletons import Singletons
+from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent, WorkerPipe
 from hotrestart_plugins.handover.frames import HandoverTarget
-from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import OPTIONS, Settings
 
 EX_TEMPFAIL = 75  # sysexits.h: it could not take over, try again
@@ -41,129 +37,27 @@ EX_CONFIG = 78  # sysexits.h: it cannot work as it is configured
 
 _LAST_GRACE = 2  # seconds for workers that hang in their start to end by themselves
 
-_instance: Instance | None = None
 
-
-def configured(server: Any, settings: Callable[[], Settings], *, first: bool) -> None:
-    """The config has been read; before the app is loaded and the pid file is looked at."""
-    global _instance  # noqa: PLW0603  # one arbiter a process; workers find theirs after the fork
-    # A module is not executed again on HUP unless it has to be imported anew.
-    sys.modules.pop("hotrestart_plugins.gunicorn_conf", None)
-    if first:
-        _instance = _participant(server, settings)
-    elif _instance is not None:
-        _instance.reconfigured(settings)
-
-
-def starting(server: Any) -> None:
-    """Before gunicorn opens its listeners; exits if this instance cannot have them."""
-    if _instance is not None:
-        _instance.start(server)
-
-
-def forking() -> None:
-    """Last before the master forks a worker, which would lose a signal that comes at once."""
-    if _instance is not None:
-        workers.hold_stops()
-
-
-def forked(worker: Any) -> None:
-    """In a new worker, first of all."""
-    if _instance is not None:
-        _instance.forked(worker)
-
-
-def initialised() -> None:
-    """In a worker that has loaded the app and is about to enter its loop."""
-    if _instance is not None and _instance.worker is not None:
-        _instance.worker.initialised()
-
-
-def worker_exiting(worker: Any) -> None:
-    """In a worker that ends; gunicorn calls the hook in the master, too, for one that is lost."""
-    if _instance is not None and _instance.worker is not None and worker.pid == os.getpid():
-        _instance.worker.exiting()
-
-
-def exiting(server: Any, reason: BaseException | None) -> None:
-    """The master has stopped its workers and is about to exit, because of `reason`."""
-    if _instance is not None and _instance.server is server:
-        _instance.end(reason)
-
-
-def _participant(server: Any, settings: Callable[[], Settings]) -> Instance | None:
-    """The instance, or None where gunicorn is to go on as if we were not there."""
-    try:
-        chosen = settings()
-        if chosen.disable:
-            return None
-        if "GUNICORN_PID" in os.environ:
-            if chosen.manual_usr2:
-                server.log.warning(
-                    "Started by USR2 from pid %s: this instance takes part in no hot restart "
-                    "(hotrestart_manual_usr2)",
-                    os.environ["GUNICORN_PID"],
-                )
-                return None
-            _be_on_ones_own(server.log)
-        if server.cfg.reuse_port:
-            raise ConfigurationError(
-                "reuse_port and hot restart do not go together, because a worker's own listener "
-                "cannot be handed over: leave one out (hotrestart_disable = True is the other's)"
-            )
-        if chosen.probe:
-            Probe.of(chosen, "")  # a bad one is refused here, not in each worker
-        if chosen.directory is None and _no_place(server.cfg):
-            server.log.warning(
-                "Port 0 names no place to meet: this instance cannot be replaced "
-                "(set hotrestart_dir)"
-            )
-            return None
-    except ConfigurationError as error:
-        server.log.error("%s", _in_gunicorns_words(str(error)))  # noqa: TRY400  # one line: the user's to mend
-        sys.exit(EX_CONFIG)
-    return Instance(server, chosen)
-
-
-def _be_on_ones_own(log: Any) -> None:
-    """After USR2: be an instance like any other, which asks for its listeners.
-
-    What gunicorn has passed on in its own way is closed.
-    """
-    log.info("Started by USR2 from pid %s", os.environ.pop("GUNICORN_PID"))
-    for number in os.environ.pop("GUNICORN_FD", "").split(","):
-        with contextlib.suppress(OSError, ValueError):
-            passed_on = socket.socket(fileno=int(number))
-            if addresses.is_listening(passed_on):
-                passed_on.close()
-            else:
-                passed_on.detach()
-
-
-def _no_place(cfg: Any) -> bool:
-    return any(isinstance(bind, tuple) and not bind[1] for bind in cfg.address)
-
-
-class Instance:
+class MasterController:
     """This master, as one of a line of instances."""
 
     def __init__(self, server: Any, settings: Settings) -> None:
         self.server = server
         self.settings = settings
         self.log = server.log
-        self.worker: workers.WorkerSide | None = None
+        self.worker: worker_agent.WorkerAgent | None = None
         """In a worker process: its side of things."""
         self._pid = os.getpid()
         self._began = time.monotonic()
-        self._identity = Identity(server)
-        self._identity.withhold()
+        self._singletons = Singletons(server)
+        self._singletons.suppress()
         self._hot: HotRestart | None = None
         self._directory = Path()
         self._record: Record | None = None
         self._listeners: Listeners | None = None
-        self._channel: Channel | None = None
-        self._wakeups: Wakeups | None = None
-        self._succession: Succession | None = None
+        self._pipe: WorkerPipe | None = None
+        self._events: ArbiterEvents | None = None
+        self._driver: LifecycleDriver | None = None
         self._ready: set[int] = set()
         self._changed = False  # HUP or TTOU came before it was ready, and ended workers
         atexit.register(self._left_behind)
@@ -172,16 +66,16 @@ class Instance:
             signal.setitimer(signal.ITIMER_REAL, settings.ready_timeout)
 
     def reconfigured(self, settings: Callable[[], Settings]) -> None:
-        """ChildExitAction HUP, with a new config; after TTIN and TTOU, with the one there was."""
+        """After HUP, with a new config; after TTIN and TTOU, with the one there was."""
         self._own_name()
         if self._listeners is not None and self._hot is not None:
             self._listeners.changed(self._hot)
-        if self._succession is None:
-            self._identity.withhold()
+        if self._driver is None:
+            self._singletons.suppress()
             return
-        self._identity.reconfigured()
+        self._singletons.reconfigured()
         try:
-            self.settings = self._succession.settings = settings()
+            self.settings = self._driver.settings = settings()
         except ConfigurationError as error:
             self.log.error("%s; what was set before stays", error)  # noqa: TRY400  # the same
         self._say_where_it_stays()
@@ -226,18 +120,18 @@ class Instance:
             self._record.note("listeners inherited", inherited=sorted(hot.inherited), bound=bound)
         for name in sorted(hot.inherited):
             self.log.info("Inherited %s from pid %s", name, hot.parent_pid)
-        self._identity.check_pidfile(hot.parent_pid if hot.role is Role.CHILD else 0)
+        self._singletons.check_pidfile(hot.parent_pid if hot.role is Role.CHILD else 0)
         self._own_name()
-        if not workers.kind_of(server.worker_class):
+        if not worker_kind(server.worker_class):
             self.log.warning(
                 "Workers of the class %s cannot stop accepting without stopping: at a takeover "
                 "they are stopped at once, and cannot serve again if the new instance dies",
                 server.cfg.worker_class_str,
             )
-        self._channel = Channel()
-        self._wakeups = Wakeups(server)
-        self._wakeups.watch(self._channel.fileno())
-        self._wakeups.within(max(0.0, self.settings.ready_timeout - spent), "ready")
+        self._pipe = WorkerPipe()
+        self._events = ArbiterEvents(server)
+        self._events.watch(self._pipe.fileno())
+        self._events.set_deadline(max(0.0, self.settings.ready_timeout - spent), "ready")
         self._take_the_handlers()
         self._let_stops_in_behind_forks()
         if hot.role is Role.CHILD:
@@ -249,7 +143,7 @@ class Instance:
         spawn = server.spawn_worker
 
         def spawn_worker() -> int:
-            with workers.mask_restored():
+            with worker_agent.mask_restored():
                 return int(spawn())
 
         server.spawn_worker = spawn_worker
@@ -274,7 +168,7 @@ class Instance:
             cfg.set("proc_name", name)
 
     def _fail(self, error: HotRestartError) -> NoReturn:
-        self._complain(_in_gunicorns_words(str(error)))
+        self._complain(in_gunicorns_words(str(error)))
         self._close(crashed=True)
         sys.exit(_status_of(error))
 
@@ -329,7 +223,7 @@ class Instance:
     def _no_way_back(self) -> None:
         if self.server.reexec_pid == 0:
             self.server.reexec_pid = -1
-        dirty.outlives_workers(self.server)
+        dirty_arbiter.outlives_workers(self.server)
         reap = type(self.server).reap_workers
 
         def reap_all() -> None:
@@ -343,40 +237,40 @@ class Instance:
 
     def _stopping(self, original: Callable[[], None]) -> None:
         self._no_way_back()  # INT and QUIT stop the workers before they raise
-        if self._succession is not None:
-            self._succession.stopping()
+        if self._driver is not None:
+            self._driver.stopping()
         original()
 
     def _changing(self, original: Callable[[], None], name: str) -> None:
         """HUP, TTIN, TTOU, USR2: not for an instance whose code on disk is another's by now."""
         self.wake(lambda: None)
-        if self._succession is not None and not self._succession.allows_change:
+        if self._driver is not None and not self._driver.allows_change:
             self.log.warning("SIG%s ignored: another instance has taken over", name.upper())
             return
         self._changed = True
-        taken = self._succession is not None and self._succession.being_replaced
+        taken = self._driver is not None and self._driver.being_replaced
         with self._keeping_paths():
             if name == "hup" and taken:
-                self._identity.reload_without_pidfile(original)
+                self._singletons.reload_without_pidfile(original)
             else:
                 original()
 
     def wake(self, reap: Callable[[], None]) -> None:
         """Something has happened: a child ended, a descriptor is readable, a deadline passed."""
-        assert self._channel is not None  # noqa: S101  # set before the handlers are
+        assert self._pipe is not None  # noqa: S101  # set before the handlers are
         before = set(self.server.WORKERS)
         with self._keeping_paths():
             reap()
-            reports = self._channel.reports()
-            self._ready |= {one.pid for one in reports if one.what is Report.READY}
+            reports = self._pipe.reports()
+            self._ready |= {one.pid for one in reports if one.what is WorkerEvent.READY}
             gone = before - self.server.WORKERS.keys()
-            if self._succession is None:
+            if self._driver is None:
                 self._give_up_for(gone - self._ready)
             self._ready &= self.server.WORKERS.keys()
-            if self._succession is None:
+            if self._driver is None:
                 self._boot()
-            if self._succession is not None:
-                self._succession.step(reports, self._ready)
+            if self._driver is not None:
+                self._driver.step(reports, self._ready)
 
     def _give_up_for(self, failed: set[int]) -> None:
         """Where somebody else serves, nothing is won by starting failing workers for ever."""
@@ -387,12 +281,12 @@ class Instance:
             )
 
     def _boot(self) -> None:
-        assert self._wakeups is not None  # noqa: S101
+        assert self._events is not None  # noqa: S101
         server = self.server
         if len(self._ready) >= server.num_workers and self._ready >= server.WORKERS.keys():
-            self._wakeups.never("ready")
+            self._events.clear_deadline("ready")
             self._hand_over()
-        elif self._wakeups.due("ready"):
+        elif self._events.expired("ready"):
             server.cfg.set("graceful_timeout", _LAST_GRACE)
             missing = server.num_workers - len(self._ready)
             error = NotReady(
@@ -403,46 +297,46 @@ class Instance:
 
     def _hand_over(self) -> None:
         """Every worker serves: from now on this is the instance."""
-        hot, server, identity = self._hot, self.server, self._identity
-        assert hot is not None and self._channel is not None  # noqa: S101, PT018
-        assert self._wakeups is not None  # noqa: S101
+        hot, server, singletons = self._hot, self.server, self._singletons
+        assert hot is not None and self._pipe is not None  # noqa: S101, PT018
+        assert self._events is not None  # noqa: S101
         replaces = hot.role is Role.CHILD
         if self._record is not None:
             self._record.note("ready")
         try:
-            identity.write_pidfile()
+            singletons.write_pidfile()
             hot.ready()
         except (HotRestartError, OSError) as error:
-            identity.restore_pidfile()
-            raise HaltServer(_in_gunicorns_words(str(error)), _status_of(error)) from error
+            singletons.restore_pidfile()
+            raise HaltServer(in_gunicorns_words(str(error)), _status_of(error)) from error
         if self._record is not None:
             self._record.note(outcome="taken over")
-        identity.release()
+        singletons.restore()
         server.reexec_pid = 0
-        self._succession = Succession(
+        self._driver = LifecycleDriver(
             server=server,
             hot=hot,
-            channel=self._channel,
-            wakeups=self._wakeups,
-            identity=identity,
+            pipe=self._pipe,
+            events=self._events,
+            singletons=singletons,
             directory=self._directory,
             settings=self.settings,
         )
-        self._succession.begin(replaces=replaces)
+        self._driver.begin(replaces=replaces)
 
     # -- in a worker ---------------------------------------------------------------------------
 
     def forked(self, worker: Any) -> None:
         """Only what a worker may have stays open."""
         atexit.unregister(self._left_behind)
-        if self._channel is not None and self._hot is not None:
-            taking_over = self._succession is None and self._hot.takeover_id
-            self.worker = workers.WorkerSide(
+        if self._pipe is not None and self._hot is not None:
+            taking_over = self._driver is None and self._hot.takeover_id
+            self.worker = worker_agent.WorkerAgent(
                 worker,
-                self._channel,
+                self._pipe,
                 self.settings,
                 self._directory,
-                takes_in=HandoverTarget(self._directory, self._hot.takeover_id)
+                own_target=HandoverTarget(self._directory, self._hot.takeover_id)
                 if taking_over
                 else None,
             )
@@ -460,18 +354,18 @@ class Instance:
                 self._complain(f"{why[:-1]}, see above" if why.endswith(".") else why)
             elif self._hot.role is Role.CHILD:
                 self._complain("it was stopped before it had taken over")
-        if self._succession is not None and self._channel is not None:
-            self._succession.ended(self._channel.reports())
+        if self._driver is not None and self._pipe is not None:
+            self._driver.ended(self._pipe.reports())
         self._close(crashed=failed)
 
     def _close(self, *, crashed: bool) -> None:
         atexit.unregister(self._left_behind)
-        if self._wakeups is not None:
-            self._wakeups.close()
+        if self._events is not None:
+            self._events.close()
         if self._hot is not None:
             self._hot.close(crashed=crashed)
-        if self._channel is not None:
-            self._channel.close()
+        if self._pipe is not None:
+            self._pipe.close()
 
     def _left_behind(self) -> None:
         """An end that gunicorn has no hook for: an app that cannot be preloaded, a crash."""
@@ -485,7 +379,7 @@ def _status_of(error: Exception) -> int:
     return EX_CONFIG if isinstance(error, ConfigurationError) else EX_TEMPFAIL
 
 
-def _in_gunicorns_words(text: str) -> str:
+def in_gunicorns_words(text: str) -> str:
     """The message with the names that the options have in a gunicorn config file."""
     for option in OPTIONS:
         if option.flag:

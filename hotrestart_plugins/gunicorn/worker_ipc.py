@@ -23,7 +23,7 @@ _COMMAND = struct.Struct("=?Q")
 """Whether to pause; the takeover id of the new instance that takes connections."""
 
 
-class Report(enum.Enum):
+class WorkerEvent(enum.Enum):
     """What a worker says of itself."""
 
     READY = b"r"  # it has loaded the app and entered its loop
@@ -32,22 +32,22 @@ class Report(enum.Enum):
     ENDS = b"e"  # it was paused and ends; with the account of its drain
 
 
-class Message(NamedTuple):
+class WorkerMessage(NamedTuple):
     """A worker's report."""
 
-    what: Report
+    what: WorkerEvent
     pid: int
     stats: DrainStats
 
 
-class Channel:
+class WorkerPipe:
     """Owns both ends of the pipe, in a worker only the one for writing; and the shared word."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # Also in processes that gunicorn forks without a word to us, its dirty arbiter's.
         os.register_at_fork(after_in_child=self._forked)
-        self._order = mmap.mmap(-1, _COMMAND.size)  # anonymous and shared
+        self._command = mmap.mmap(-1, _COMMAND.size)  # anonymous and shared
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when a worker reports."""
@@ -56,24 +56,24 @@ class Channel:
     @property
     def paused(self) -> bool:
         """Whether workers shall not accept."""
-        return bool(_COMMAND.unpack(self._order[:])[0])
+        return bool(_COMMAND.unpack(self._command[:])[0])
 
     @property
     def takeover_id(self) -> int:
         """The takeover id of the child whose workers take in what was accepted; 0: none does."""
-        return int(_COMMAND.unpack(self._order[:])[1])
+        return int(_COMMAND.unpack(self._command[:])[1])
 
-    def order(self, *, paused: bool, takeover_id: int = 0) -> None:
+    def set_command(self, *, paused: bool, takeover_id: int = 0) -> None:
         """From the arbiter: what workers shall do from their next look on."""
-        self._order[:] = _COMMAND.pack(paused, takeover_id)
+        self._command[:] = _COMMAND.pack(paused, takeover_id)
 
-    def reports(self) -> list[Message]:
+    def reports(self) -> list[WorkerMessage]:
         """What the workers have reported since."""
-        found: list[Message] = []
+        found: list[WorkerMessage] = []
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._read, _READ):
                 for what, pid, *counts in _RECORD.iter_unpack(data):
-                    found.append(Message(Report(what), pid, DrainStats(*counts)))
+                    found.append(WorkerMessage(WorkerEvent(what), pid, DrainStats(*counts)))
         return found
 
     @property
@@ -87,7 +87,7 @@ class Channel:
             os.close(self._read)
             self._read = -1
 
-    def report(self, what: Report, stats: DrainStats | None = None) -> None:
+    def report(self, what: WorkerEvent, stats: DrainStats | None = None) -> None:
         """From a worker. If the arbiter is gone, nobody needs to know."""
         counts = astuple(stats or DrainStats())
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The gate of gunicorn's gevent workers: those with gevent's stream server, and with its pywsgi.
+"""The adapter of gunicorn's gevent workers: those with gevent's stream server, and with its pywsgi.
 
 gevent accepts in its hub: one callback takes what has come, and leaves a greenlet for each
 connection. What is asked of the servers in a callback of its own finds no accept half done.
@@ -16,31 +16,32 @@ from gevent.server import StreamServer
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.gunicorn.blocking import Closing
-from hotrestart_plugins.gunicorn.channel import Report
-from hotrestart_plugins.gunicorn.orphan import leave_without_master
-from hotrestart_plugins.gunicorn.workers import WorkerSide, replace_where_defined
+from hotrestart_plugins.gunicorn.adapters.base import replace_where_defined
+from hotrestart_plugins.gunicorn.adapters.close_hook import CloseHook
+from hotrestart_plugins.gunicorn.adapters.exit_when_orphaned import exit_when_orphaned
+from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
+from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent
 
 _READABLE = 1  # gevent's name for it is in the module of whichever event library is in use
 _ANY = 4096  # bytes that signals have left
 
 
-class GeventGate:
+class GeventAdapter:
     """Has the worker make servers that can be paused, and pauses them."""
 
-    def __init__(self, worker: Any, side: WorkerSide) -> None:
+    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
         """After gevent has patched the process, before the worker makes its servers."""
         self._worker = worker
-        self._side = side
-        self._closing = Closing(worker)
+        self._agent = agent
+        self._close_hook = CloseHook(worker)
         self._servers: list[Any] = []
         self._open = 0
         self._loop = gevent.get_hub().loop
         # libev sleeps on when a signal comes just before it begins to. Python writes each signal
         # into gunicorn's pipe, which nobody has read here.
-        wakeups = worker.PIPE[0]
-        self._wakeups = self._loop.io(wakeups, _READABLE)
-        self._wakeups.start(os.read, wakeups, _ANY)
+        signal_pipe = worker.PIPE[0]
+        self._signal_watcher = self._loop.io(signal_pipe, _READABLE)
+        self._signal_watcher.start(os.read, signal_pipe, _ANY)
         worker.sockets = [_Named(one) for one in worker.sockets]
         given = worker.server_class
         if given is None:
@@ -51,7 +52,7 @@ class GeventGate:
             worker.server_class = self._server_class(given)
 
     def _server_class(self, base: Any) -> Any:
-        gate = self
+        adapter = self
 
         class WorkerServer(base):  # type: ignore[misc]
             """A server of this worker."""
@@ -60,7 +61,7 @@ class GeventGate:
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
-                gate._servers.append(self)
+                adapter._servers.append(self)
 
             def start_accepting(self) -> None:
                 """As gevent's, which calls it whenever a connection has ended, too."""
@@ -70,7 +71,7 @@ class GeventGate:
             def answer_with_close(self) -> None:
                 """For pywsgi, which knows neither `pre_request` nor that the worker ends."""
                 if hasattr(self, "application"):
-                    self.application = _with_close(gate._worker.wsgi)
+                    self.application = _with_close(adapter._worker.wsgi)
 
             def close(self) -> None:
                 """As gevent's; but a TLS handshake under way still leads to a connection."""
@@ -86,7 +87,7 @@ class GeventGate:
     def ready(self) -> None:
         """The servers are there, unless a class derived from gunicorn's makes others."""
         if self._servers:
-            leave_without_master(self._worker, self._stop)
+            exit_when_orphaned(self._worker, self._stop)
         else:
             self._worker.log.warning(
                 "Workers of the class %s make servers of their own: at a takeover they are "
@@ -99,36 +100,36 @@ class GeventGate:
 
     def pause(self) -> None:
         """From a signal handler, in whichever greenlet runs: what follows is the hub's."""
-        self._loop.run_callback_threadsafe(self._let_go)
+        self._loop.run_callback_threadsafe(self._pause)
 
     def resume(self) -> None:
         """The same."""
-        self._loop.run_callback_threadsafe(self._take_up)
+        self._loop.run_callback_threadsafe(self._resume)
 
-    def _let_go(self) -> None:
+    def _pause(self) -> None:
         if not self._servers:
             self._stop()
             return
-        self._closing.begin()
+        self._close_hook.begin()
         self._open = self._connections()
         for server in self._servers:
             server.paused = True
             server.stop_accepting()
             server.answer_with_close()
-        self._side.done(Report.PAUSED)
+        self._agent.done(WorkerEvent.PAUSED)
         gevent.spawn(drain.set)
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         if not self._servers:
             return
-        self._closing.end()
+        self._close_hook.end()
         for server in self._servers:
             server.paused = False
             if server.started:
                 server.start_accepting()
             if hasattr(server, "application"):
                 server.application = self._worker.wsgi
-        self._side.done(Report.RESUMED)
+        self._agent.done(WorkerEvent.RESUMED)
         gevent.spawn(drain.clear)
 
     def _connections(self) -> int:
@@ -137,7 +138,7 @@ class GeventGate:
     def stats(self) -> DrainStats:
         """By the number of connections, and of answers, which pywsgi's are not told of."""
         left = self._connections()
-        stats = DrainStats.by_numbers(self._open, left, self._closing.answers)
+        stats = DrainStats.by_numbers(self._open, left, self._close_hook.answers)
         if not self._worker.alive:
             stats.aborted_requests = left
         return stats

@@ -1,4 +1,4 @@
-"""The gate of gunicorn's tornado worker."""
+"""The adapter of gunicorn's tornado worker."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.gunicorn.channel import Report
-from hotrestart_plugins.gunicorn.orphan import leave_without_master
+from hotrestart_plugins.gunicorn.adapters.exit_when_orphaned import exit_when_orphaned
+from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent
 
 if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
+    from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 
-_LOOK = 0.05  # seconds between two looks at what is still open
+_POLL_INTERVAL = 0.05  # seconds between two looks at what is still open
 _ANY = 4096  # bytes that signals have left
 
 
-class TornadoGate:
+class TornadoAdapter:
     """Takes the listeners out of tornado's loop, and puts them back."""
 
-    def __init__(self, worker: Any, side: WorkerSide) -> None:
+    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
         """After the worker has set its signals, before it makes its server."""
         self._worker = worker
-        self._side = side
+        self._agent = agent
         self._server: Any = None
         self._paused = False
         self._leaving = False
@@ -41,7 +41,7 @@ class TornadoGate:
             self._keeps_alive = not server.conn_params.no_keep_alive
             signal.signal(signal.SIGTERM, self._terminate)
             signal.siginterrupt(signal.SIGTERM, False)
-            leave_without_master(worker, self._leave)
+            exit_when_orphaned(worker, self._leave)
             # The loop sleeps on when a signal comes just before it begins to. Python writes each
             # signal into gunicorn's pipe, which nobody has read here.
             worker.ioloop.add_handler(
@@ -66,8 +66,8 @@ class TornadoGate:
         if self._server is None:
             self._worker.alive = False
             return
-        self._let_go()
-        self._side.done(Report.PAUSED)
+        self._stop_accepting()
+        self._agent.done(WorkerEvent.PAUSED)
 
     def _resume(self) -> None:
         if self._server is None or self._leaving:
@@ -76,9 +76,9 @@ class TornadoGate:
         self._server.conn_params.no_keep_alive = not self._keeps_alive
         self._server.add_sockets(self._worker.sockets)
         drain.clear()
-        self._side.done(Report.RESUMED)
+        self._agent.done(WorkerEvent.RESUMED)
 
-    def _let_go(self) -> None:
+    def _stop_accepting(self) -> None:
         """As HTTPServer.stop(), which closes the listeners besides."""
         if self._paused:
             return
@@ -114,7 +114,7 @@ class TornadoGate:
         if self._leaving:
             return
         self._leaving = True
-        self._let_go()
+        self._stop_accepting()
         for one in self._worker.sockets:
             one.close()
         loop = self._worker.ioloop
@@ -123,6 +123,6 @@ class TornadoGate:
     def _end_when_idle(self, latest: float) -> None:
         loop = self._worker.ioloop
         if self._server._connections and loop.time() < latest:  # noqa: SLF001
-            loop.call_later(_LOOK, self._end_when_idle, latest)
+            loop.call_later(_POLL_INTERVAL, self._end_when_idle, latest)
         else:
             self._worker.alive = False

@@ -1,6 +1,6 @@
-"""What the gates of workers with an asyncio loop have in common: they follow the word in the loop.
+"""What the adapters of workers with an asyncio loop share: they follow the command in the loop.
 
-The word comes by a signal, and may change while the last one is still being followed.
+The command comes by a signal, and may change while the last one is still being followed.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import abc
 import asyncio
 from typing import TYPE_CHECKING
 
-from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent
 
 if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
+    from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 
 
-class LoopGate(abc.ABC):
+class AsyncioAdapter(abc.ABC):
     """Pauses and resumes in a task of its own, one after the other."""
 
-    def __init__(self, side: WorkerSide) -> None:
-        self._side = side
+    def __init__(self, agent: WorkerAgent) -> None:
+        self._agent = agent
         self._wanted = self._told = False
         self._changing: asyncio.Task[None] | None = None
 
@@ -33,7 +33,7 @@ class LoopGate(abc.ABC):
 
     def _want(self, *, paused: bool) -> None:
         self._wanted = paused
-        loop = self._its_loop()
+        loop = self._event_loop()
         if loop is not None:
             loop.call_soon_threadsafe(self._change)
 
@@ -45,17 +45,17 @@ class LoopGate(abc.ABC):
         while self._wanted != self._told:
             self._told = self._wanted
             if self._told:
-                await self._let_go()
-                self._side.done(Report.PAUSED)
+                await self._pause()
+                self._agent.done(WorkerEvent.PAUSED)
             else:
                 if self._stays():
-                    await self._take_up()
-                self._side.done(Report.RESUMED)
+                    await self._resume()
+                self._agent.done(WorkerEvent.RESUMED)
 
-    # -- each gate's own -----------------------------------------------------------------------
+    # -- each adapter's own --------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _its_loop(self) -> asyncio.AbstractEventLoop | None:
+    def _event_loop(self) -> asyncio.AbstractEventLoop | None:
         """The worker's loop; None: it does not run yet."""
 
     @abc.abstractmethod
@@ -63,9 +63,9 @@ class LoopGate(abc.ABC):
         """Whether the worker is not about to end: then it is to accept nothing any more."""
 
     @abc.abstractmethod
-    async def _let_go(self) -> None:
+    async def _pause(self) -> None:
         """Stop accepting, and offer what is open to the successor; once is enough."""
 
     @abc.abstractmethod
-    async def _take_up(self) -> None:
+    async def _resume(self) -> None:
         """Accept again."""

@@ -18,7 +18,7 @@ _SOONEST = 0.001  # seconds; setitimer(2) takes 0 for 'never'
 SIGNALS = (signal.SIGIO, signal.SIGALRM)
 
 
-class Wakeups:
+class ArbiterEvents:
     """The arbiter's descriptors to watch, and its deadlines, by name."""
 
     def __init__(self, server: Any) -> None:
@@ -43,17 +43,17 @@ class Wakeups:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
         self.now()
 
-    def within(self, seconds: float, name: str) -> None:
+    def set_deadline(self, seconds: float, name: str) -> None:
         """Set, or set anew, the deadline of that name."""
         self._deadlines[name] = time.monotonic() + seconds
         self._arm()
 
-    def never(self, name: str) -> None:
+    def clear_deadline(self, name: str) -> None:
         """Drop the deadline of that name, if there is one."""
         if self._deadlines.pop(name, None) is not None:
             self._arm()
 
-    def due(self, name: str) -> bool:
+    def expired(self, name: str) -> bool:
         """Whether the deadline of that name has passed; it is dropped then."""
         if self._deadlines.get(name, float("inf")) > time.monotonic():
             return False

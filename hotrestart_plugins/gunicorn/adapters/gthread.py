@@ -1,4 +1,4 @@
-"""The gate of gunicorn's gthread worker, whose main thread accepts and keeps idle connections.
+"""The adapter of gunicorn's gthread worker, whose main thread accepts and keeps idle connections.
 
 That thread runs a loop of its own: select, call what the selector says, look at deadlines. What is
 done here to connections happens between the calls and the deadlines, since a connection that leaves
@@ -23,36 +23,41 @@ from gunicorn.workers.gthread import TConn
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.gunicorn.blocking import Closing, accept, proxied, refuse
-from hotrestart_plugins.gunicorn.channel import Report
+from hotrestart_plugins.gunicorn.adapters.close_hook import (
+    CloseHook,
+    resume_accepting,
+    stop_accepting,
+    uses_proxy_protocol,
+)
+from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent
 from hotrestart_plugins.handover.frames import ConnectionState, ReceivedConnection
 from hotrestart_plugins.handover.receiver import ConnectionReceiver
 from hotrestart_plugins.handover.sender import ConnectionSender
 
 if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
+    from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 
-_LOOK = 0.1  # seconds between two looks at what is still open
+_POLL_INTERVAL = 0.1  # seconds between two looks at what is still open
 _EVERY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}  # noqa: S104  # not to bind to
 _NO_CONNECTIONS = -1  # less than any number of connections that a gthread worker can have
 
 
-class ThreadGate:
+class GthreadAdapter:
     """Lets connections in, and moves those that wait for a request."""
 
-    def __init__(self, worker: Any, side: WorkerSide) -> None:
+    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
         self._worker = worker
-        self._side = side
+        self._agent = agent
         self._limit = worker.worker_connections
-        self._closing = Closing(worker)
-        self._loop = Loop(worker)
-        self._parked = Parked(worker)
+        self._close_hook = CloseHook(worker)
+        self._loop = GthreadEventLoop(worker)
+        self._parked = GthreadConnectionAdapter(worker)
         self._sender: ConnectionSender | None = None
         self._receiver: ConnectionReceiver | None = None
         self._open = 0
         self._stop_by = 0.0
         self._is_orphan = False
-        self._can_hand_over = not worker.cfg.is_ssl and not proxied(worker.cfg)
+        self._can_hand_over = not worker.cfg.is_ssl and not uses_proxy_protocol(worker.cfg)
         self._finish = worker.finish_request
         signal.signal(signal.SIGTERM, self._terminate)
         signal.siginterrupt(signal.SIGTERM, False)
@@ -65,26 +70,26 @@ class ThreadGate:
         if self._sender is None or not self._sender.active:
             self._stop()
         elif not self._stop_by:
-            self._stop_by = time.monotonic() + self._side.seconds_left / 2
+            self._stop_by = time.monotonic() + self._agent.seconds_left / 2
             self._loop.call_soon(self._stop_when_moved)
 
     def _stop_when_moved(self) -> None:
         if self._worker.nr_conns and time.monotonic() < self._stop_by:
-            self._loop.call_later(_LOOK, self._stop_when_moved)
+            self._loop.call_later(_POLL_INTERVAL, self._stop_when_moved)
         else:
             self._stop()
 
     def _stop(self) -> None:
-        self._worker.cfg.set("graceful_timeout", self._side.seconds_left)
+        self._worker.cfg.set("graceful_timeout", self._agent.seconds_left)
         self._worker.handle_exit(signal.SIGTERM, None)
 
     def ready(self) -> None:
         """Take in what the old instance's workers hand over; and hear of the master's end."""
-        self._loop.add_reader(self._side.lifeline, self._orphaned)
+        self._loop.add_reader(self._agent.lifeline, self._orphaned)
         self._worker.is_parent_alive = self._has_parent
-        if self._side.inlet is not None and self._can_hand_over:
+        if self._agent.receiver_path is not None and self._can_hand_over:
             self._receiver = ConnectionReceiver.open(
-                self._side.inlet, self._adopt, loop=self._loop, logger=self._worker.log
+                self._agent.receiver_path, self._adopt, loop=self._loop, logger=self._worker.log
             )
 
     def _adopt(self, received: Sequence[ReceivedConnection]) -> None:
@@ -108,7 +113,7 @@ class ThreadGate:
             return
         self._is_orphan = True
         worker = self._worker
-        self._loop.remove_reader(self._side.lifeline)
+        self._loop.remove_reader(self._agent.lifeline)
         worker.log.info("Parent changed, shutting down: %s", worker)
         for one in worker.sockets:
             for _ in range(worker.cfg.backlog):
@@ -122,10 +127,10 @@ class ThreadGate:
 
     def pause(self) -> None:
         """Have the loop find that it has too many connections, and leave the listeners alone."""
-        refuse(self._worker.sockets)
+        stop_accepting(self._worker.sockets)
         self._open = self._worker.nr_conns
-        target = self._side.handover_target if self._can_hand_over else None
-        self._closing.begin(close=target is None)
+        target = self._agent.handover_target if self._can_hand_over else None
+        self._close_hook.begin(close=target is None)
         # gunicorn's stop would close what waits for its next request after two seconds.
         self._worker._cap_keepalive = _nothing  # noqa: SLF001
         self._set_limit(_NO_CONNECTIONS, functools.partial(self._begun, target))
@@ -138,15 +143,15 @@ class ThreadGate:
                 target,
                 self._parked,
                 loop=self._loop,
-                on_failure=self._closing.announce,
+                on_failure=self._close_hook.announce,
                 logger=self._worker.log,
             )
             self._worker.finish_request = self._finished
             if self._sender.active:
                 self._sender.offer_all(self._parked.all())
             else:
-                self._closing.announce()
-        self._side.done(Report.PAUSED)
+                self._close_hook.announce()
+        self._agent.done(WorkerEvent.PAUSED)
 
     def _finished(self, connection: Any, future: Any) -> None:
         self._finish(connection, future)
@@ -157,7 +162,7 @@ class ThreadGate:
 
     def resume(self) -> None:
         """The same the other way round."""
-        accept(self._worker.sockets)
+        resume_accepting(self._worker.sockets)
         del self._worker._cap_keepalive  # noqa: SLF001
         self._set_limit(self._limit, self._ended)
 
@@ -166,9 +171,9 @@ class ThreadGate:
         if self._sender is not None:
             del self._worker.finish_request
             self._sender.close()
-        self._side.done(Report.RESUMED)
+        self._agent.done(WorkerEvent.RESUMED)
         self._sender = None
-        self._closing.end()
+        self._close_hook.end()
 
     def _set_limit(self, limit: int, then: Callable[[], None]) -> None:
         self._worker.worker_connections = limit
@@ -177,7 +182,7 @@ class ThreadGate:
 
     def stats(self) -> DrainStats:
         """By the number of connections, and of answers: each but the first of one closes it."""
-        left, answers = self._worker.nr_conns, self._closing.answers
+        left, answers = self._worker.nr_conns, self._close_hook.answers
         handed_over = len(self._sender.handed_over) if self._sender is not None else 0
         stats = DrainStats.by_numbers(self._open, left, answers, handed_over)
         if not self._worker.alive:
@@ -186,7 +191,7 @@ class ThreadGate:
         return stats
 
 
-class Parked:
+class GthreadConnectionAdapter:
     """The worker's connections that wait: for their first request, or for the next."""
 
     def __init__(self, worker: Any) -> None:
@@ -205,7 +210,7 @@ class Parked:
         return ConnectionState.FRESH if unread else None
 
     def on_response(self, connection: Any, answered: Callable[[], None]) -> None:
-        """The gate sees each one that is parked."""
+        """The adapter sees each one that is parked."""
 
     def fileno(self, connection: Any) -> int:
         """Of its socket."""
@@ -263,7 +268,7 @@ class Parked:
         return every if every in self._listeners else own
 
 
-class Loop:
+class GthreadEventLoop:
     """The `EventLoop` of a handover, made of the worker's own."""
 
     def __init__(self, worker: Any) -> None:

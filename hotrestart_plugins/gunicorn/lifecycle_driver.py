@@ -19,16 +19,16 @@ from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Rol
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.takeover_server import Child
 from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.gunicorn import workers
-from hotrestart_plugins.gunicorn.channel import Channel, Message, Report
-from hotrestart_plugins.gunicorn.identity import Identity
-from hotrestart_plugins.gunicorn.wakeup import Wakeups
+from hotrestart_plugins.gunicorn.adapters.base import worker_kind
+from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
+from hotrestart_plugins.gunicorn.singletons import Singletons
+from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent, WorkerMessage, WorkerPipe
 from hotrestart_plugins.settings import Settings
 
-_LOOK = 0.25  # seconds between two looks at the child, while there is one: a pidfd sends no SIGIO
+_POLL_INTERVAL = 0.25  # seconds between two looks at a child: a pidfd sends no SIGIO
 _CONTROL_DELAY = 1.0  # seconds in which the replaced instance stops its control server
 _NO_WINDOW = 1.0  # seconds that workers have to stop accepting before they are stopped
-_WIND_UP = 3  # seconds that a worker may take beyond the drain: to notice, and to clean up
+_EXIT_GRACE = 3  # seconds that a worker may take beyond the drain: to notice, and to clean up
 _MOST_BATCHES = 16  # of datagrams in one step, so that a flood cannot starve the arbiter
 
 
@@ -40,7 +40,7 @@ class Phase(enum.Enum):
     LEAVING = "leaving"
 
 
-class Succession:
+class LifecycleDriver:
     """This master from its handover on. Owns nothing that it is given."""
 
     def __init__(
@@ -48,9 +48,9 @@ class Succession:
         *,
         server: Any,
         hot: HotRestart,
-        channel: Channel,
-        wakeups: Wakeups,
-        identity: Identity,
+        pipe: WorkerPipe,
+        events: ArbiterEvents,
+        singletons: Singletons,
         directory: Path,
         settings: Settings,
     ) -> None:
@@ -59,9 +59,9 @@ class Succession:
         self._directory = directory
         self._server = server
         self._hot = hot
-        self._channel = channel
-        self._wakeups = wakeups
-        self._identity = identity
+        self._pipe = pipe
+        self._events = events
+        self._singletons = singletons
         self._log = server.log
         self._phase = Phase.SERVING
         self._ready: set[int] = set()
@@ -75,12 +75,12 @@ class Succession:
 
     def begin(self, *, replaces: bool) -> None:
         """`hot` is ready: answer from now on."""
-        self._wakeups.watch(self._hot.fileno())
+        self._events.watch(self._hot.fileno())
         if replaces:
-            self._identity.announce("Took over")
-            self._wakeups.within(_CONTROL_DELAY, "control")
+            self._singletons.announce("Took over")
+            self._events.set_deadline(_CONTROL_DELAY, "control")
         else:
-            self._identity.start_control()
+            self._singletons.start_control()
         self._log.info("Hot restart: ready")
 
     @property
@@ -93,7 +93,7 @@ class Succession:
         """Whether a child has been given listeners."""
         return self._hot.child is not None
 
-    def step(self, reports: list[Message], ready: set[int]) -> None:
+    def step(self, reports: list[WorkerMessage], ready: set[int]) -> None:
         """Look at everything. Raises StopIteration when it is time to leave, as gunicorn does."""
         self._ready = ready
         self._answer()
@@ -102,9 +102,9 @@ class Succession:
         if self._phase is Phase.PAUSED:
             self._hold_still()
         self._count(reports)
-        if self._wakeups.due("control") and self._phase is Phase.SERVING:
-            self._identity.start_control()
-        if self._wakeups.due("window"):
+        if self._events.expired("control") and self._phase is Phase.SERVING:
+            self._singletons.start_control()
+        if self._events.expired("window"):
             self._leave()
         self._watch_child()
 
@@ -112,7 +112,7 @@ class Succession:
         for _ in range(_MOST_BATCHES):
             if not self._hot.handle():
                 return
-        self._wakeups.now()
+        self._events.now()
 
     # -- the child -----------------------------------------------------------------------------
 
@@ -124,9 +124,9 @@ class Succession:
             # Its listeners are another's too: gunicorn must not unlink their paths any more.
             self._server.reexec_pid = -1
         if child.alive:
-            self._wakeups.within(_LOOK, "child")
+            self._events.set_deadline(_POLL_INTERVAL, "child")
             return
-        self._wakeups.never("child")
+        self._events.clear_deadline("child")
         after = self._hot.child_ended()
         if after is ChildExitAction.NOTHING:
             self._record_with(child).note(
@@ -138,7 +138,7 @@ class Succession:
             self._resume()
         if self._server.reexec_pid == -1:
             self._server.reexec_pid = 0
-        self._wakeups.watch(self._hot.fileno())
+        self._events.watch(self._hot.fileno())
 
     def _record_with(self, child: Child) -> Record:
         return Record(self._directory, child.takeover_id, child.pid, "parent", self._log)
@@ -158,19 +158,19 @@ class Succession:
             self._record.note(given=sorted(child.given))
             if not self.settings.no_handover:
                 takeover_id = child.takeover_id
-        self._channel.order(paused=True, takeover_id=takeover_id)
+        self._pipe.set_command(paused=True, takeover_id=takeover_id)
         self._awaited = set(self._ready)
         self._signal(self._ready)
-        self._wakeups.never("control")
-        self._identity.stop_control()
+        self._events.clear_deadline("control")
+        self._singletons.stop_control()
         if not self._known:
             self._leave()
-        self._wakeups.within(self.settings.rollback_window or _NO_WINDOW, "window")
+        self._events.set_deadline(self.settings.rollback_window or _NO_WINDOW, "window")
 
     @property
     def _known(self) -> bool:
         """Whether the workers can pause, and report."""
-        return bool(workers.kind_of(self._server.worker_class))
+        return bool(worker_kind(self._server.worker_class))
 
     def _hold_still(self) -> None:
         """Start no worker in the place of one that ends: the code on disk is the new one."""
@@ -180,7 +180,7 @@ class Succession:
         self._signal(self._ready - self._signalled)
 
     def _signal(self, pids: set[int]) -> None:
-        """Have workers look at the channel's word; only those that are ready can bear it.
+        """Have workers look at the pipe's command; only those that are ready can bear it.
 
         Of a class that is not known they never can, and would die of it.
         """
@@ -191,20 +191,20 @@ class Succession:
                 os.kill(pid, signal.SIGUSR2)
         self._signalled |= pids
 
-    def _count(self, reports: list[Message]) -> None:
+    def _count(self, reports: list[WorkerMessage]) -> None:
         for one in reports:
             self._stats += one.stats
         if not self._awaited:
             return
-        wanted = Report.PAUSED if self._phase is Phase.PAUSED else Report.RESUMED
+        wanted = WorkerEvent.PAUSED if self._phase is Phase.PAUSED else WorkerEvent.RESUMED
         self._awaited -= {one.pid for one in reports if one.what is wanted}
         gone = self._awaited - self._server.WORKERS.keys()
-        if gone and wanted is Report.RESUMED:
+        if gone and wanted is WorkerEvent.RESUMED:
             self._keep_count()  # they were leaving when they were called back
         self._awaited -= gone
         if self._awaited:
             return
-        if wanted is Report.RESUMED:
+        if wanted is WorkerEvent.RESUMED:
             self._note("accepting again", outcome="rolled back", tally=self._stats.as_record())
             self._log.info("Accepting again")
             return
@@ -220,16 +220,16 @@ class Succession:
     def _resume(self) -> None:
         """The new instance has crashed: the workers that there are serve again."""
         self._phase = Phase.SERVING
-        self._wakeups.never("window")
-        self._channel.order(paused=False)
+        self._events.clear_deadline("window")
+        self._pipe.set_command(paused=False)
         self._awaited, self._signalled = set(self._ready), set()
         self._signal(self._ready)
         self._signalled.clear()
         self._keep_count()
         with contextlib.suppress(OSError):
-            self._identity.write_pidfile()
-        self._identity.start_control()
-        self._identity.announce("Serves again")
+            self._singletons.write_pidfile()
+        self._singletons.start_control()
+        self._singletons.announce("Serves again")
 
     def _keep_count(self) -> None:
         """As many workers as are left: one started now would run the code that has just failed."""
@@ -247,7 +247,7 @@ class Succession:
         """Stop as gunicorn stops on SIGTERM, with the time that is left for the drain."""
         self.stopping()
         self._hot.stand_down()
-        self._wakeups.close()
+        self._events.close()
         raise StopIteration
 
     def stopping(self) -> None:
@@ -257,16 +257,16 @@ class Succession:
         self._phase = Phase.LEAVING
         # The workers keep the time themselves; who is still there later is killed.
         left = self._paused_at + self.settings.drain_timeout - time.monotonic()
-        self._server.cfg.set("graceful_timeout", max(1, math.ceil(left)) + _WIND_UP)
+        self._server.cfg.set("graceful_timeout", max(1, math.ceil(left)) + _EXIT_GRACE)
         self._unheard = set(self._server.WORKERS) if self._known else set()
 
-    def ended(self, reports: list[Message]) -> None:
+    def ended(self, reports: list[WorkerMessage]) -> None:
         """The workers have ended; their last reports."""
         if self._phase is not Phase.LEAVING:
             return
         for one in reports:
             self._stats += one.stats
-            if one.what is Report.ENDS:
+            if one.what is WorkerEvent.ENDS:
                 self._unheard.discard(one.pid)
         # A killed worker was in the midst of a request, of one at least.
         self._stats.aborted_requests += len(self._unheard)

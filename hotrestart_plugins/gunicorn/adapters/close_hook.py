@@ -1,7 +1,8 @@
-"""The gates of gunicorn's sync and gthread workers, and `Connection: close` for all but uvicorn's.
+"""What workers with blocking sockets have in common: ``Connection: close``, and ``accept()``.
 
-Both workers call ``accept()`` on gunicorn's socket objects, which are plain Python objects: one
-that raises EAGAIN in place of the real one stops them between two instructions, wherever they are.
+The sync and gthread workers call ``accept()`` on gunicorn's socket objects, which are plain Python
+objects: one that raises EAGAIN in place of the real one stops them between two instructions,
+wherever they are.
 """
 
 from __future__ import annotations
@@ -11,89 +12,20 @@ import itertools
 import logging
 import os
 import socket
-from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from gunicorn import http
 from gunicorn.glogging import Logger
 from gunicorn.http import wsgi
 
-from hotrestart_plugins.app import drain
-from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.gunicorn.channel import Report
 
-if TYPE_CHECKING:
-    from hotrestart_plugins.gunicorn.workers import WorkerSide
-
-
-def _no_accept() -> NoReturn:
+def accept_nothing() -> NoReturn:
+    """In the place of ``accept()``: raise BlockingIOError, as if nobody had connected."""
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-class SyncGate:
-    """The sync worker: one request, one connection, at a time."""
-
-    def __init__(self, worker: Any, side: WorkerSide) -> None:
-        self._worker = worker
-        self._side = side
-        self._closing = Closing(worker)
-        self._master = _Master(side.lifeline)
-        worker.wait_fds.append(self._master)
-        self._paused = False
-        self._telling = allocate_lock()
-
-    def ready(self) -> None:
-        """Nothing to do."""
-
-    def pause(self) -> None:
-        """The signal has woken select() through the worker's pipe, and leads it to these."""
-        refuse(self._worker.sockets)
-        self._worker.wait_fds = [self._worker.PIPE[0], self._master]
-        self._closing.begin()
-        self._tell_app(paused=True)
-        self._side.done(Report.PAUSED)
-
-    def resume(self) -> None:
-        """The same the other way round."""
-        accept(self._worker.sockets)
-        self._worker.wait_fds = [*self._worker.sockets, self._worker.PIPE[0], self._master]
-        self._closing.end()
-        self._tell_app(paused=False)
-        self._side.done(Report.RESUMED)
-
-    def _tell_app(self, *, paused: bool) -> None:
-        # From a thread: the signal may have interrupted the app in the midst of what `drain`, or
-        # `threading`, guards with its locks.
-        self._paused = paused
-        start_new_thread(self._set_drain, ())
-
-    def _set_drain(self) -> None:
-        with self._telling:
-            (drain.set if self._paused else drain.clear)()
-
-    def stats(self) -> DrainStats:
-        """Whoever ends is done with its only connection; who is killed says nothing."""
-        return DrainStats(requests=self._closing.answers, finished=self._closing.answers)
-
-
-class _Master:
-    """What ends the wait of a worker whose master was killed; else it goes on for half a minute.
-
-    gunicorn takes it for a listener, and then looks for its master.
-    """
-
-    accept = staticmethod(_no_accept)
-
-    def __init__(self, lifeline: int) -> None:
-        self._lifeline = lifeline
-
-    def fileno(self) -> int:
-        """A descriptor that is ready once the master has ended."""
-        return self._lifeline
-
-
-class Closing:
+class CloseHook:
     """Has gunicorn answer with ``Connection: close`` while that is on, and counts the answers.
 
     By gunicorn's `pre_request` and `post_request` hooks, around the user's own.
@@ -155,7 +87,7 @@ class Closing:
         return post_request
 
 
-def answer(worker: Any, request: bytes) -> int:
+def ask_app(worker: Any, request: bytes) -> int:
     """The status with which the worker's WSGI app answers; what it says goes nowhere."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -186,18 +118,18 @@ def _does_nothing(worker: Any) -> bool:
     )
 
 
-def refuse(listeners: list[Any]) -> None:
+def stop_accepting(listeners: list[Any]) -> None:
     """Have ``accept()`` find nothing from now on."""
     for one in listeners:
-        one.accept = _no_accept
+        one.accept = accept_nothing
 
 
-def accept(listeners: list[Any]) -> None:
+def resume_accepting(listeners: list[Any]) -> None:
     """Have ``accept()`` work again."""
     for one in listeners:
         vars(one).pop("accept", None)
 
 
-def proxied(cfg: Any) -> bool:
+def uses_proxy_protocol(cfg: Any) -> bool:
     """Whether a connection begins with a PROXY line, which only its first process reads."""
     return getattr(cfg, "proxy_protocol", False) not in (False, "off")

@@ -1,13 +1,12 @@
 """A worker's side: it says when it is ready, stops accepting when told, and accepts again.
 
-A worker that is ready looks at the channel's word whenever SIGUSR2 comes, which gunicorn's workers
-do not use. How to stop accepting is each worker class's own affair: a `Gate` for each.
+A worker that is ready looks at the pipe's command whenever SIGUSR2 comes, which gunicorn's workers
+do not use. How to stop accepting is each worker class's own affair: a `WorkerAdapter` for each.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
 import signal
@@ -16,94 +15,45 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
-from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import NotReady
-from hotrestart_plugins.gunicorn.channel import Channel, Report
-from hotrestart_plugins.gunicorn.wakeup import forget_in_worker
+from hotrestart_plugins.gunicorn.adapters.base import (
+    WITH_EVENT_LOOP,
+    WorkerAdapter,
+    create_adapter,
+    worker_kind,
+)
+from hotrestart_plugins.gunicorn.arbiter_events import forget_in_worker
+from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent, WorkerPipe
 from hotrestart_plugins.handover.frames import HandoverTarget, path_of
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
 
-_KINDS = {
-    "gunicorn.workers.sync.SyncWorker": "sync",
-    "gunicorn.workers.gthread.ThreadWorker": "gthread",
-    "gunicorn.workers.ggevent.GeventWorker": "gevent",
-    "gunicorn.workers.gtornado.TornadoWorker": "tornado",
-    "gunicorn.workers.gasgi.ASGIWorker": "asgi",
-    "uvicorn_worker._workers.UvicornWorker": "uvicorn",
-    "uvicorn.workers.UvicornWorker": "uvicorn",
-}
-
-_GATES = {
-    "sync": ("blocking", "SyncGate"),
-    "gthread": ("gthread", "ThreadGate"),
-    "gevent": ("gevent", "GeventGate"),
-    "tornado": ("tornado", "TornadoGate"),
-    "asgi": ("asgi", "AsgiGate"),
-    "uvicorn": ("uvicorn_worker", "UvicornGate"),
-}
-_WITH_A_LOOP = ("asgi", "uvicorn")
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
-def kind_of(worker_class: type) -> str:
-    """Which of the known worker classes it is, or is derived from; '' for any other."""
-    names = (f"{one.__module__}.{one.__qualname__}" for one in worker_class.__mro__)
-    return next((_KINDS[name] for name in names if name in _KINDS), "")
-
-
-def replace_where_defined(
-    worker_class: type, name: str, original: object, replacement: object
-) -> None:
-    """In the modules that define the worker class, whose methods look the name up there."""
-    for one in worker_class.__mro__:
-        module = sys.modules.get(one.__module__)
-        if getattr(module, name, None) is original:
-            setattr(module, name, replacement)
-
-
-class Gate(Protocol):
-    """What lets connections into one worker; made with the worker and its `WorkerSide`.
-
-    Calls come in the worker's main thread.
-    """
-
-    def ready(self) -> None:
-        """The worker has entered its loop."""
-
-    def pause(self) -> None:
-        """Accept nothing from now on; call back when that is so."""
-
-    def resume(self) -> None:
-        """Accept again; call back when that is so."""
-
-    def stats(self) -> DrainStats:
-        """What has become, since the last pause, of what was open then."""
-
-
-class WorkerSide:
+class WorkerAgent:
     """This worker process, as seen from the arbiter."""
 
     def __init__(
         self,
         worker: Any,
-        channel: Channel,
+        pipe: WorkerPipe,
         settings: Settings,
         directory: Path,
         *,
-        takes_in: HandoverTarget | None,
+        own_target: HandoverTarget | None,
     ) -> None:
-        """`directory`: the meeting directory. `takes_in`: its instance, if that takes over."""
+        """`directory`: the meeting directory. `own_target`: its instance, if that takes over."""
         self.settings = settings
         self._worker = worker
-        self._channel = channel
+        self._pipe = pipe
         self._directory = directory
         # Another user than the master's may not look into the meeting directory.
-        self._moves = worker.cfg.uid == os.geteuid() and not settings.no_handover
-        self._takes_in = takes_in
-        self._gate: Gate | None = None
+        self._can_hand_over = worker.cfg.uid == os.geteuid() and not settings.no_handover
+        self._own_target = own_target
+        self._adapter: WorkerAdapter | None = None
         self._paused = False
         self._looking = False
         self._graceful = worker.cfg.graceful_timeout
@@ -160,69 +110,73 @@ class WorkerSide:
             # Where the signal came, in a weak reference's callback or in the app's own bare except,
             # the SystemExit was lost.
             sys.exit(0)
-        kind = kind_of(type(self._worker))
+        kind = worker_kind(type(self._worker))
         probe = Probe.of(self.settings, "localhost")
-        if probe is not None and kind not in _WITH_A_LOOP:
-            from hotrestart_plugins.gunicorn.blocking import answer  # noqa: PLC0415
+        if probe is not None and kind not in WITH_EVENT_LOOP:
+            from hotrestart_plugins.gunicorn.adapters.close_hook import ask_app  # noqa: PLC0415
 
             try:
-                probe.run_plain(lambda request: answer(self._worker, request))
+                probe.run_plain(lambda request: ask_app(self._worker, request))
             except NotReady as error:
                 self.fail(error)
-        self._gate = _gate(kind, self._worker, self)
-        if self._gate is not None:
+        self._adapter = create_adapter(kind, self._worker, self)
+        if self._adapter is not None:
             # One handler for all: signal.signal works under every event loop, because each has
-            # a wakeup descriptor, and the gates that need the loop's thread go there.
+            # a wakeup descriptor, and the adapters that need the loop's thread go there.
             signal.signal(signal.SIGUSR2, self._look)
             signal.siginterrupt(signal.SIGUSR2, False)
 
     def _first_notify(self) -> None:
         del self._worker.notify
         self._worker.notify()
-        if self._gate is not None:
-            self._gate.ready()
-        self._channel.report(Report.READY)
+        if self._adapter is not None:
+            self._adapter.ready()
+        self._pipe.report(WorkerEvent.READY)
         self._look()
 
     def _look(self, _number: int = 0, _frame: FrameType | None = None) -> None:
-        """Do what the channel's word says."""
-        if self._gate is None or self._looking:
+        """Do what the pipe's command says."""
+        if self._adapter is None or self._looking:
             return  # a second signal has come while the first is followed: it looks again
         self._looking = True
         try:
-            while self._channel.paused != self._paused:
+            while self._pipe.paused != self._paused:
                 self._paused = not self._paused
-                self._follow(self._gate)
+                self._follow(self._adapter)
         finally:
             self._looking = False
 
-    def _follow(self, gate: Gate) -> None:
+    def _follow(self, adapter: WorkerAdapter) -> None:
         if self._paused:
             drain = self.settings.drain_timeout
             self._drain_ends = time.monotonic() + drain
             # For a stop that does not ask for the exact time that is left.
             self._worker.cfg.set("graceful_timeout", max(1, round(drain)))
-            gate.pause()
+            adapter.pause()
         else:
             self._worker.cfg.set("graceful_timeout", self._graceful)
-            gate.resume()
+            adapter.resume()
 
     def fail(self, error: NotReady) -> NoReturn:
         """End before this worker has served, in the way that ends gunicorn's master, too."""
         self._worker.log.error("%s", error)
         sys.exit(error.status)  # gunicorn's WORKER_BOOT_ERROR
 
-    # -- for the gates -------------------------------------------------------------------------
+    # -- for the adapters ----------------------------------------------------------------------
 
-    def done(self, what: Report) -> None:
-        """The gate has paused, or resumed."""
-        stats = self._gate.stats() if self._gate is not None and what is Report.RESUMED else None
-        self._channel.report(what, stats)
+    def done(self, what: WorkerEvent) -> None:
+        """The adapter has paused, or resumed."""
+        stats = (
+            self._adapter.stats()
+            if self._adapter is not None and what is WorkerEvent.RESUMED
+            else None
+        )
+        self._pipe.report(what, stats)
 
     @property
     def lifeline(self) -> int:
         """A descriptor that is ready for reading once the master has ended."""
-        return self._channel.lifeline
+        return self._pipe.lifeline
 
     @property
     def seconds_left(self) -> int:
@@ -232,26 +186,30 @@ class WorkerSide:
         return max(0, math.floor(self._drain_ends - time.monotonic()))
 
     @property
-    def inlet(self) -> Path | None:
+    def receiver_path(self) -> Path | None:
         """Where this worker is to take in the connections of the old instance's; None: nowhere."""
-        if self._takes_in is None or not self._moves:
+        if self._own_target is None or not self._can_hand_over:
             return None
-        return path_of(self._takes_in, os.getpid())
+        return path_of(self._own_target, os.getpid())
 
     @property
     def handover_target(self) -> HandoverTarget | None:
         """Whose workers take in this one's connections; None: nobody's."""
-        takeover_id = self._channel.takeover_id
-        return HandoverTarget(self._directory, takeover_id) if takeover_id and self._moves else None
+        takeover_id = self._pipe.takeover_id
+        return (
+            HandoverTarget(self._directory, takeover_id)
+            if takeover_id and self._can_hand_over
+            else None
+        )
 
     def exiting(self) -> None:
         """This worker ends."""
         # Python is about to give the signal its default meaning back, which is to die of it.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        if self.inlet is not None:
-            self.inlet.unlink(missing_ok=True)
-        if self._gate is not None and self._paused:
-            self._channel.report(Report.ENDS, self._gate.stats())
+        if self.receiver_path is not None:
+            self.receiver_path.unlink(missing_ok=True)
+        if self._adapter is not None and self._paused:
+            self._pipe.report(WorkerEvent.ENDS, self._adapter.stats())
 
 
 @contextlib.contextmanager
@@ -267,12 +225,3 @@ def mask_restored() -> Iterator[None]:
 def hold_stops() -> None:
     """The kernel keeps the signals that stop a worker until they may come again."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-
-
-def _gate(kind: str, worker: Any, side: WorkerSide) -> Gate | None:
-    if not kind:
-        return None
-    # Imported where it is needed: a worker of one class has no use for another's libraries.
-    module, name = _GATES[kind]
-    gate: Gate = getattr(importlib.import_module(f"{__package__}.{module}"), name)(worker, side)
-    return gate

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def leave_without_master(worker: Any, leave: Callable[[], None]) -> None:
+def exit_when_orphaned(worker: Any, leave: Callable[[], None]) -> None:
     """Have `leave` called once if the master dies, in the place of gunicorn's abrupt end.
 
     For the classes that look for it just after their heartbeat.

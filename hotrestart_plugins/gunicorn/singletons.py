@@ -22,29 +22,29 @@ _CONTROL_START = 2.0  # seconds that gunicorn gives its control server to start
 _CONTROL_ANSWER = 1.0  # seconds until it has seen that a client has left
 
 
-class Identity:
+class Singletons:
     """One arbiter's claim to be the instance."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
         self._pid_path: str | None = None
-        self._withheld: Any = None  # the config object whose values are held back
+        self._suppressed: Any = None  # the config object whose values are held back
         self._control_disabled = False
         self._before: bytes | None = None
         self._reloading = False
 
-    def withhold(self) -> None:
+    def suppress(self) -> None:
         """Keep gunicorn from claiming anything by itself: after each reading of the config."""
         cfg = self._server.cfg
-        if cfg is self._withheld:
+        if cfg is self._suppressed:
             return
-        self._withheld = cfg
+        self._suppressed = cfg
         self._pid_path = cfg.pidfile
         self._control_disabled = cfg.control_socket_disable
         cfg.set("pidfile", None)
         cfg.set("control_socket_disable", True)
 
-    def release(self) -> None:
+    def restore(self) -> None:
         """The config reads as the user wrote it, again."""
         self._server.cfg.set("pidfile", self._pid_path)
         self._server.cfg.set("control_socket_disable", self._control_disabled)

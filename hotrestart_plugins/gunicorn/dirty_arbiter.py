@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 _GRACE = 2.0  # seconds that it has where the workers have used up all of the time
-_LOOK = 0.05  # seconds between two looks at it, then
+_POLL_INTERVAL = 0.05  # seconds between two looks at it, then
 
 
 def outlives_workers(server: Any) -> None:
@@ -30,7 +30,7 @@ def outlives_workers(server: Any) -> None:
             kill(server, signal.SIGTERM)
             limit = time.monotonic() + _GRACE
             while server.dirty_arbiter_pid and time.monotonic() < limit:
-                time.sleep(_LOOK)
+                time.sleep(_POLL_INTERVAL)
                 reap(server)
         arbiter, pid = server.dirty_arbiter, server.dirty_arbiter_pid
         kill(server, number)

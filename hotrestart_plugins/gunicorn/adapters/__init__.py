@@ -1,0 +1,1 @@
+"""One file for each worker class: how it stops accepting, drains and accepts again."""

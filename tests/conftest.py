@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Processes, give_back_addresses, open_descriptors
+from demo_app.deploys import Deploys, free_port
+from tests.support.processes import Processes, give_back_addresses, open_descriptors
+
+UNIT = Path(__file__).parent / "unit"
 
 # Needs a compiled Volo process, which is no part of this repository; the model of one is.
-collect_ignore = [] if os.environ.get("VOLO_PEER") else ["test_volo.py"]
+collect_ignore = [] if os.environ.get("VOLO_PEER") else ["operations/test_volo.py"]
 
 
 def _no_skip_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -39,7 +42,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with real servers are slow, but for those marked as the essentials."""
     for item in items:
-        if "integration" in item.path.parts and not item.get_closest_marker("smoke"):
+        if not item.path.is_relative_to(UNIT) and not item.get_closest_marker("smoke"):
             item.add_marker(pytest.mark.slow)
 
 
@@ -71,3 +74,16 @@ def processes() -> Iterator[Processes]:
     started = Processes()
     yield started
     started.close()
+
+
+@pytest.fixture
+def place() -> Iterator[Deploys]:
+    """Starts instances that meet in a directory of their own; all are ended behind the test."""
+    with Deploys() as found:
+        yield found
+
+
+@pytest.fixture
+def address() -> str:
+    """A TCP address that nobody listens on."""
+    return f"127.0.0.1:{free_port()}"

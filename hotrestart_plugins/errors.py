@@ -7,6 +7,7 @@
     │   ├── AddressError            an address that is none, or cannot be bound
     │   └── RendezvousError       a meeting directory that cannot be trusted or used
     ├── MessageError                bytes from the other side that are no message
+    ├── LifecycleError              a fault of ours: an event in a state where it cannot come
     └── TakeoverError               the takeover did not happen; the parent serves on
         ├── Busy                    another takeover is under way
         ├── NoAnswer                the parent lives, but did not answer in time
@@ -44,6 +45,10 @@ class RendezvousError(ConfigurationError):
 
 class MessageError(HotRestartError):
     """A datagram that is none of the three messages. The receiver drops it and goes on."""
+
+
+class LifecycleError(HotRestartError):
+    """An event was reported in a state in which it cannot come: a fault in this package."""
 
 
 class TakeoverError(HotRestartError):

@@ -1,1 +1,1 @@
-"""What an instance goes through from its start to its exit."""
+"""What an instance does from its start to its exit: one table, which both servers drive."""

@@ -1,21 +1,269 @@
-"""What the steps of a takeover are reported to."""
+"""The catalogue of events: all that this package ever says about a running instance.
+
+Each event has a name, a level, a sentence with the event's fields in it, and, if it is a step of a
+takeover, the name of that step in the handover record. A log line and a step of the record are two
+views of the same event; nothing writes either of them in another way.
+"""
 
 from __future__ import annotations
 
+import string
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
 class Logger(Protocol):
-    """What is needed of a logger: the standard one's methods, gunicorn's have them too."""
+    """What is needed of a logger. The standard library's and gunicorn's have it."""
 
-    def debug(self, msg: str, *args: Any) -> None:
-        """Each listener."""
+    def debug(self, msg: str, *args: Any, exc_info: Any = None) -> None:
+        """Details: each listener."""
 
-    def info(self, msg: str, *args: Any) -> None:
-        """Each step."""
+    def info(self, msg: str, *args: Any, exc_info: Any = None) -> None:
+        """Each step of a takeover."""
 
-    def warning(self, msg: str, *args: Any) -> None:
-        """What went otherwise."""
+    def warning(self, msg: str, *args: Any, exc_info: Any = None) -> None:
+        """Something went differently; this instance copes with it."""
 
-    def error(self, msg: str, *args: Any) -> None:
-        """What somebody has to look at."""
+    def error(self, msg: str, *args: Any, exc_info: Any = None) -> None:
+        """Somebody has to look at it."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One row of the catalogue."""
+
+    name: str
+    """Stable, for programs: lower case, words joined by underscores."""
+    level: str
+    """A method of `Logger`: debug, info, warning or error. Empty: not in the log."""
+    sentence: str
+    """With a replacement field (`str.format`) for each of the event's fields."""
+    step: str = ""
+    """The step in the handover record; empty: not in the record."""
+    outcome: str = ""
+    """What the record's outcome is from then on; empty: as before."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The names of the values that belong to it."""
+        parts = string.Formatter().parse(self.sentence)
+        return frozenset(name for _, name, _, _ in parts if name)
+
+    def text(self, **fields: object) -> str:
+        """The sentence. Control characters in a value cannot forge a second line."""
+        return self.sentence.format(**{name: printable(value) for name, value in fields.items()})
+
+
+def printable(value: object) -> object:
+    """`value` itself if it is a number, else its text without control characters."""
+    if isinstance(value, (int, float)):
+        return value
+    return "".join(char if char.isprintable() else "?" for char in str(value))
+
+
+# -- a new instance, in the order in which it comes to them ----------------------------------------
+
+WAITING_FOR_TURN = Event(
+    "waiting_for_turn", "info", "pid {pid} is not ready yet: waiting for this instance's turn"
+)
+INSTANCE_FOUND = Event(
+    "instance_found",
+    "debug",
+    "An instance serves in {directory}: taking over from it",
+)
+NO_INSTANCE_FOUND = Event("no_instance_found", "debug", "Nobody serves in {directory}")
+STARTED = Event("started", "", "Started", step="started")
+NO_DIRECTORY = Event(
+    "no_directory",
+    "warning",
+    "Port 0 names no place to meet: this instance cannot be replaced ({option})",
+)
+LISTENER_MISSING = Event("listener_missing", "debug", "pid {pid} has no listener on {address}")
+LISTENER_RECEIVED = Event("listener_received", "debug", "Inherited {address} from pid {pid}")
+LISTENER_INHERITED = Event("listener_inherited", "info", "Inherited {address} from pid {pid}")
+LISTENERS_INHERITED = Event(
+    "listeners_inherited", "", "Inherited or bound every listener", step="listeners inherited"
+)
+OLD_INSTANCE_CHANGED = Event(
+    "old_instance_changed",
+    "warning",
+    "pid {pid} has ended: taking over from the one that serves now",
+)
+OLD_INSTANCE_ENDED = Event(
+    "old_instance_ended",
+    "warning",
+    "The instance taken over from (pid {pid}) has ended; this one goes on alone",
+)
+ADDRESS_IN_USE = Event(
+    "address_in_use", "info", "{error}, which may be a worker of a killed instance: waiting"
+)
+READY = Event("ready", "", "Ready", step="ready")
+TOOK_OVER = Event("took_over", "info", "Took over from pid {pid}")
+OLD_INSTANCE_UNTOLD = Event(
+    "old_instance_untold", "warning", "pid {pid} had ended before it was told to go"
+)
+TAKEN_OVER = Event("taken_over", "", "Taken over", outcome="taken over")
+TAKEOVER_FAILED = Event(
+    "takeover_failed",
+    "error",
+    "Hot restart failed: {reason}; the running instance (pid {pid}) serves on",
+    outcome="failed",
+)
+START_FAILED = Event("start_failed", "error", "Start failed: {reason}", outcome="failed")
+APP_FAILED = Event("app_failed", "error", "The app failed to start")
+WORKER_START_FAILED = Event(
+    "worker_start_failed", "error", "Worker [{pid}] failed to start: {error}"
+)
+RUNNING = Event("running", "info", "Uvicorn running on {place} (Press CTRL+C to quit)")
+HOT_RESTART_READY = Event("hot_restart_ready", "info", "Hot restart: ready")
+
+# -- the running instance --------------------------------------------------------------------------
+
+TAKEOVER_STARTED = Event("takeover_started", "info", "pid {pid} asks for this instance's listeners")
+OTHER_PID_NAMESPACE = Event(
+    "other_pid_namespace",
+    "warning",
+    "pid 0 is in another pid namespace: its end is noticed late; let both share one",
+)
+LISTENER_GIVEN = Event("listener_given", "debug", "Answered pid {pid} for {address}: given")
+LISTENER_REFUSED = Event("listener_refused", "debug", "Answered pid {pid} for {address}: none")
+ANSWER_FAILED = Event(
+    "answer_failed", "warning", "pid {pid} cannot be answered for {address}: {error}"
+)
+DATAGRAM_DROPPED = Event(
+    "datagram_dropped", "warning", "Dropped a datagram from pid {pid}: {reason}"
+)
+DATAGRAM_DROPPED_AGAIN = Event(
+    "datagram_dropped_again", "debug", "Dropped a datagram from pid {pid}: {reason}"
+)
+SOCKET_UNREADABLE = Event("socket_unreadable", "error", "The parent socket cannot be read: {error}")
+NEW_INSTANCE_FAILED = Event(
+    "new_instance_failed",
+    "warning",
+    "pid {pid} ended before it had taken over; serving on",
+    outcome="failed",
+)
+
+# -- the old instance ------------------------------------------------------------------------------
+
+REPLACED = Event("replaced", "info", "pid {pid} has taken over")
+ADDRESS_DROPPED = Event(
+    "address_dropped",
+    "warning",
+    "pid {pid} does not listen on {address}: it ends with this instance",
+)
+STOPPED_ACCEPTING = Event(
+    "stopped_accepting", "info", "Stopped accepting; draining", step="stopped accepting"
+)
+CLOSE_NOT_ANNOUNCED = Event(
+    "close_not_announced", "error", "A connection cannot be told that it closes"
+)
+DRAIN_ENDED = Event("drain_ended", "", "Drained", step="drained")
+DRAINED = Event("drained", "info", "Drained: {stats}; leaving")
+DRAIN_TIMED_OUT = Event("drain_timed_out", "warning", "The drain timeout is over: {aborted}")
+DRAIN_FAILED = Event("drain_failed", "error", "The drain has failed")
+REPLACEMENT_FAILED = Event(
+    "replacement_failed",
+    "error",
+    "Cannot make way as it should: this instance drains and leaves",
+)
+WORKER_KILLED = Event(
+    "worker_killed", "warning", "Worker [{pid}] has not drained in time: killing it"
+)
+LATE_WORKER_KILLED = Event(
+    "late_worker_killed", "info", "Worker [{pid}] was started behind the takeover: killing it"
+)
+COMMAND_FAILED = Event(
+    "command_failed", "error", "Cannot {command}: worker [{pid}] drains and leaves"
+)
+SUPERVISOR_ENDED = Event(
+    "supervisor_ended", "warning", "The supervisor has ended; worker [{pid}] drains and leaves"
+)
+MASTER_ENDED = Event("master_ended", "info", "Parent changed, shutting down: {worker}")
+SIGNAL_IGNORED = Event("signal_ignored", "info", "Ignoring {signal}: replaced")
+CHANGE_IGNORED = Event(
+    "change_ignored", "warning", "{signal} ignored: another instance has taken over"
+)
+NEW_INSTANCE_LEFT = Event(
+    "new_instance_left", "info", "pid {pid} has ended, and leaves nothing to serve again for"
+)
+NEW_INSTANCE_CRASHED = Event(
+    "new_instance_crashed",
+    "error",
+    "pid {pid} died after it had taken over: this instance serves again",
+)
+NAME_NOT_TAKEN_BACK = Event(
+    "name_not_taken_back", "error", "The parent socket cannot be taken back: {error}"
+)
+ACCEPTING_AGAIN = Event(
+    "accepting_again",
+    "warning",
+    "Accepting again",
+    step="accepting again",
+    outcome="rolled back",
+)
+FEWER_WORKERS = Event(
+    "fewer_workers",
+    "warning",
+    "{left} of {wanted} workers are left; more would run the code that is on disk now. {remedy}",
+)
+
+# -- connections that are handed over --------------------------------------------------------------
+
+HANDOVER_FAILED = Event("handover_failed", "warning", "Connections stay here: {error}")
+HANDOVER_TIMED_OUT = Event(
+    "handover_timed_out",
+    "warning",
+    "The new instance has not taken connections in for {seconds:g} s",
+)
+RECEIVER_FAILED = Event("receiver_failed", "info", "No connections are taken in at {path}: {error}")
+ADOPTION_FAILED = Event("adoption_failed", "warning", "Connections cannot be taken in: {error}")
+CHANNEL_DROPPED = Event("channel_dropped", "warning", "Dropped a channel: {error}")
+
+# -- gunicorn --------------------------------------------------------------------------------------
+
+STARTED_BY_USR2 = Event("started_by_usr2", "info", "Started by USR2 from pid {pid}")
+STARTED_BY_USR2_ALONE = Event(
+    "started_by_usr2_alone",
+    "warning",
+    "Started by USR2 from pid {pid}: this instance takes part in no hot restart "
+    "(hotrestart_manual_usr2)",
+)
+CONFIGURATION_REFUSED = Event("configuration_refused", "error", "{error}")
+SETTINGS_UNCHANGED = Event("settings_unchanged", "error", "{error}; what was set before stays")
+ADDRESSES_UNCHANGED = Event(
+    "addresses_unchanged", "error", "{error}; the addresses stay as they were"
+)
+DIRECTORY_UNCHANGED = Event(
+    "directory_unchanged",
+    "warning",
+    "The next instance would look for this one in {named}, but this one stays in {directory}: "
+    "set hotrestart_dir to that, or nobody can take over from it",
+)
+PRELOAD_TIMED_OUT = Event(
+    "preload_timed_out",
+    "error",
+    "Start failed: the app was not loaded within {seconds:g} s (hotrestart_ready_timeout)",
+)
+CANNOT_PAUSE = Event(
+    "cannot_pause",
+    "warning",
+    "Workers of the class {worker_class} cannot stop accepting without stopping: at a takeover "
+    "they are stopped at once, and cannot serve again if the new instance dies",
+)
+OWN_SERVERS = Event(
+    "own_servers",
+    "warning",
+    "Workers of the class {worker_class} make servers of their own: at a takeover they are "
+    "stopped at once, and cannot serve again if the new instance dies",
+)
+WORKER_NOT_READY = Event("worker_not_ready", "error", "{error}")
+
+# -- the record ------------------------------------------------------------------------------------
+
+RECORD_FAILED = Event(
+    "record_failed", "warning", "The handover record {path} cannot be written: {error}"
+)
+
+CATALOGUE = tuple(value for value in list(globals().values()) if isinstance(value, Event))
+"""All of them, in the order of this file."""

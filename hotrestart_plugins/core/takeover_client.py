@@ -29,9 +29,7 @@ from hotrestart_plugins.errors import (
     WrongPeer,
 )
 
-_MAX_PENDING = (
-    8  # requests on their way at once: a socket's queue holds 10 (net.unix.max_dgram_qlen)
-)
+_MAX_PENDING = 8  # requests on their way at once; fewer if the parent's queue is shorter
 
 
 class TakeoverClient:
@@ -78,8 +76,10 @@ class TakeoverClient:
         """The parent's listener bound to each address, the caller's to close; None: it has none.
 
         Answers come in the order of the requests, so several of these are on their way at once: a
-        takeover of many listeners does not wait for each. Raises ParentGone, NoAnswer, WrongPeer,
-        WrongDescriptor; what was answered before has been yielded.
+        takeover of many listeners does not wait for each. The length of the parent's queue is
+        unknown (net.unix.max_dgram_qlen when its socket was made: 10, or 512 under systemd): a
+        request that finds no room is sent after the next answer. Raises ParentGone, NoAnswer,
+        WrongPeer, WrongDescriptor; what was answered before has been yielded.
         """
         self.check()
         self._broken = "it was left in the middle"
@@ -89,7 +89,13 @@ class TakeoverClient:
             for number, one in enumerate(wanted):
                 deadline = time.monotonic() + self._timeout
                 while not refused and sent < min(len(wanted), number + _MAX_PENDING):
-                    refused = self._send(wanted[sent], deadline)
+                    due = sent == number
+                    try:
+                        refused = self._send(wanted[sent], deadline if due else 0.0)
+                    except NoAnswer:
+                        if due:
+                            raise
+                        break  # no room; an answer to what was sent will make some
                     sent += not refused
                 packet = self._receive(one, deadline, refused if sent <= number else "")
                 fd = self._answer(packet)

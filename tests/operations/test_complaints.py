@@ -217,6 +217,7 @@ def _one_worker(server: str) -> list[str]:
     return ["-w", "1"] if server.startswith("gunicorn") else []
 
 
+@pytest.mark.ipv6
 @SERVERS
 @pytest.mark.parametrize("kept", ["127.0.0.1", "[::1]"])
 def test_wrong_socket_handed_over_same_port_tcp_and_tcp6(

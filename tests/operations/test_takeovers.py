@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import resource
 import select
 import shutil
 import signal
@@ -77,29 +76,50 @@ def takes_over(
 
 
 @pytest.mark.parametrize(
-    ("number", "times"), [(1, 20), (3, 20), (100, 20), (1000, 3)], ids=["1", "3", "100", "1000"]
+    ("number", "times"),
+    [(1, 20), (3, 20), (100, 20), pytest.param(1000, 3, marks=pytest.mark.descriptors)],
+    ids=["1", "3", "100", "1000"],
 )
 def test_every_takeover_completes(
     processes: Processes, meet: Path, number: int, times: int
 ) -> None:
     """Each of many takeovers in a row inherits every listener, however many there are."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    try:
-        addresses = free_addresses(number)
-        parent = processes.instance().serve(meet, addresses)
-        for _ in range(times):
-            child = processes.instance()
-            child.call("initialize", str(meet), number, {})
-            assert child.call("listen", addresses) == sorted(addresses)
-            child.call("ready")
-            replaced(parent)
-            assert who_answers(addresses[0]) == who_answers(addresses[-1]) == child.pid
-            parent = child
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    addresses = free_addresses(number)
+    parent = processes.instance().serve(meet, addresses)
+    for _ in range(times):
+        child = processes.instance()
+        child.call("initialize", str(meet), number, {})
+        assert child.call("listen", addresses) == sorted(addresses)
+        child.call("ready")
+        replaced(parent)
+        assert who_answers(addresses[0]) == who_answers(addresses[-1]) == child.pid
+        parent = child
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("length", [1, 2, 10, 512])
+def test_any_length_of_a_sockets_queue(processes: Processes, meet: Path, length: int) -> None:
+    """However few requests the parent's queue holds, each is answered; if the parent is stopped,
+    the first one is named that it has not answered."""
+    script = f'echo {length} > /proc/sys/net/unix/max_dgram_qlen; exec "$@"'
+    addresses = [f"{meet}/{number}.sock" for number in range(20)]
+    parent = processes.instance("unshare", "--net", "sh", "-c", script, "sh")
+    parent.serve(meet, addresses)
+    same_network = ("nsenter", f"--net=/proc/{parent.pid}/ns/net")
+    vain = processes.instance(*same_network)
+    vain.call("initialize", str(meet), len(addresses), {"takeover_timeout": TIMEOUT})
+    with stopped(parent), pytest.raises(Told, match=f"did not answer for {addresses[0]} within"):
+        vain.call("listen", addresses)
+    vain.call("exit")
+    child = processes.instance(*same_network)
+    child.call("initialize", str(meet), len(addresses), {})
+    assert child.call("listen", addresses) == sorted(addresses)
+    child.call("ready")
+    replaced(parent)
+    serves(child, addresses)
+
+
+@pytest.mark.ipv6
 def test_each_kind_of_listener(processes: Processes, meet: Path) -> None:
     """TCP, TCP6 and Unix listeners go over together."""
     addresses = [free_address(), free_address(socket.AF_INET6), str(meet / "app.sock")]
@@ -187,32 +207,36 @@ def test_the_parent_is_killed(processes: Processes, meet: Path, after: int) -> N
     takes_over(processes, meet, addresses, child)
 
 
+WORKER = """
+import socket, sys
+line = socket.socket(fileno=int(sys.argv[1]))
+with socket.create_server((sys.argv[2], int(sys.argv[3]))):
+    line.send(b"x")
+    line.recv(1)
+"""
+
+
 def test_the_parents_worker_outlives_it(processes: Processes, meet: Path) -> None:
     """An address that a worker of the killed parent still holds is waited for, and bound."""
     addresses = free_addresses(2)
     parent = processes.instance().serve(meet, addresses)
     ours, theirs = socket.socketpair()
-    address = (addresses[1].split(":")[0], int(addresses[1].split(":")[1]))
     child = processes.instance()
     step(child, "initialize", meet, addresses)
     step(child, "first", meet, addresses)
     parent.kill()
-    worker = os.fork()
-    if worker == 0:
-        with socket.create_server(address):
-            theirs.send(b"x")
-            theirs.recv(1)
-        os._exit(0)
-    ours.recv(1)
+    with theirs:
+        fd = theirs.fileno()
+        worker = processes.python(WORKER, str(fd), *addresses[1].split(":"), pass_fds=[fd])
+    assert ours.recv(1) == b"x", worker.log
     child.begin("listen", addresses[1:])
     eventually(lambda: "goes on alone" in child.log, "that the child knows")
     ours.send(b"x")
-    os.waitpid(worker, 0)
+    assert worker.wait() == 0, worker.log
     child.end()
     child.call("ready")
     serves(child, addresses)
     ours.close()
-    theirs.close()
 
 
 @pytest.mark.parametrize("after", range(len(STEPS) - 2), ids=STEPS[:-2])
@@ -306,7 +330,7 @@ def test_the_child_is_killed_in_ready(
     """
     addresses = free_addresses(3)
     parent = processes.instance().serve(meet, addresses)
-    child = processes.program(
+    child = processes.instance(
         "strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}",
         "-e", f"inject={call}:signal=KILL:when={when}+",
     )  # fmt: skip

@@ -36,6 +36,7 @@ def test_volo_to_ours(processes: Processes, meet: Path, number: int) -> None:
     Model().volo_to_ours(processes, meet, free_addresses(number))
 
 
+@pytest.mark.ipv6
 def test_each_kind_from_volo(processes: Processes, meet: Path) -> None:
     """TCP, TCP6 and Unix listeners, by the names that Volo has for them."""
     addresses = [free_address(), free_address(socket.AF_INET6), str(meet / "app.sock")]

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support import puppet
-
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 30.0
 """Seconds after which whatever a test waits for has not happened."""
@@ -119,6 +117,29 @@ def can_connect(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def fill_queue(path: str | Path) -> int:
+    """Send to a datagram socket until its queue is full; the number of datagrams that it held.
+
+    Each sender has room for a few hundred datagrams that nobody has read, and the queue may be
+    longer (net.unix.max_dgram_qlen): it is full when the first datagram of a new sender finds no
+    room.
+    """
+    number = 0
+    while number < 100_000:
+        before = number
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
+            contextlib.suppress(BlockingIOError),
+        ):
+            sender.setblocking(False)
+            while True:
+                sender.sendto(b"\xff", str(path))
+                number += 1
+        if number == before:
+            return number
+    raise AssertionError(f"the queue of {path} takes more than {number} datagrams")
 
 
 class Process:
@@ -319,26 +340,15 @@ class Processes:
     def _kept(self, process: Process) -> None:
         self._stack.callback(process.close)
 
-    def instance(self, *, uid: int = 0) -> Instance:
-        """An instance, forked off: quick to start, in the middle of whatever this process holds."""
-        ours, theirs = socket.socketpair()
-        log = self._log()
-        log.touch()
-        pid = os.fork()
-        if pid == 0:
-            puppet.be(theirs, log, uid)
-        theirs.close()
-        process = Instance(pid, log, ours)
-        self._kept(process)
-        return process
-
-    def program(self, *prefix: str) -> Instance:
-        """An instance as a program of its own, started behind `prefix` (strace, a preamble)."""
+    def instance(self, *prefix: str) -> Instance:
+        """An instance, whose command line begins with `prefix` (strace, unshare)."""
         ours, theirs = socket.socketpair()
         log = self._log()
         args = [
             *prefix,
             sys.executable,
+            "-W",
+            "error",
             "-m",
             "tests.support.puppet",
             str(theirs.fileno()),

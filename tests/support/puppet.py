@@ -7,7 +7,6 @@ accepts and answers connections, and says unasked what happened to it ('event').
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -197,26 +196,21 @@ class Puppet:
         self.socks.clear()
 
 
-def be(line: socket.socket, log: Path, uid: int = 0) -> NoReturn:
-    """Be a puppet from here on, and nothing of what this process was."""
+def main(line: socket.socket, log: Path) -> NoReturn:
+    """Do what comes on `line`, and write to `log`, until the end of this process."""
     status = 1
-    gc.disable()  # what this process was may not close descriptors whose numbers are others now
     try:
         written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(written, 2)
         os.dup2(2, 1)
+        # Also what this process inherited from whoever started the tests: it is nobody's here.
         number = line.fileno()
         os.closerange(3, number)
         os.closerange(number + 1, 1 << 16)
-        if uid:
-            os.setgroups([])
-            os.setgid(uid)
-            os.setuid(uid)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         stream = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115 -- open to the end
         logger = logging.getLogger("hotrestart")
         logger.setLevel(logging.DEBUG)
-        logger.propagate = False  # the handlers above are those of whoever forked this off
         logger.addHandler(logging.StreamHandler(stream))
         Puppet(line).run()
         status = 0
@@ -227,4 +221,4 @@ def be(line: socket.socket, log: Path, uid: int = 0) -> NoReturn:
 
 
 if __name__ == "__main__":
-    be(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))
+    main(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]))

@@ -20,10 +20,12 @@ from tests.support.processes import Processes, free_address
 pytestmark = pytest.mark.usefixtures("no_leak")
 
 
-@pytest.fixture(params=["127.0.0.1:0", "[::1]:0", "unix", "unix:@hotrestart-test"])
+V6 = pytest.param("[::1]:0", marks=pytest.mark.ipv6)
+
+
+@pytest.fixture(params=["127.0.0.1:0", V6, "unix:{meet}/app.sock", "unix:@hotrestart-{meet.name}"])
 def bound(request: pytest.FixtureRequest, meet: Path) -> Iterator[socket.socket]:
-    written = f"unix:{meet}/app.sock" if request.param == "unix" else request.param
-    with bind_fresh(parse(written)[0]) as sock:
+    with bind_fresh(parse(request.param.format(meet=meet))[0]) as sock:
         yield sock
 
 
@@ -127,6 +129,7 @@ def test_a_path_that_is_no_socket_is_left_alone(meet: Path, kind: str) -> None:
     assert os.path.lexists(path)
 
 
+@pytest.mark.ipv6
 def test_v6only() -> None:
     """`[::]` leaves IPv4 alone where that is asked for, so that both can be bound."""
     (v4,) = parse(free_address().replace("127.0.0.1", "0.0.0.0"))

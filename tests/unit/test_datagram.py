@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import fcntl
 import os
 import resource
@@ -16,6 +15,7 @@ import pytest
 
 from hotrestart_plugins.core.datagram import Endpoint, Packet
 from hotrestart_plugins.core.messages import MAX_DATAGRAM
+from tests.support.processes import fill_queue
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -131,9 +131,7 @@ def test_a_full_queue(pair: Pair, meet: Path) -> None:
     sender.bind(str(meet / "sender"))
     sender.connect(pair.path)
     assert sender.receive_within(0.01) is None
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            sender.send(b"\x03")
+    assert fill_queue(pair.path)
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
         sender.send_before(b"\x03", begun + 0.3)

@@ -34,6 +34,7 @@ def channel(no_leak: None) -> Iterator[Channel]:
         yield ours, theirs
 
 
+@pytest.mark.descriptors
 def test_a_batch_arrives_in_its_order(channel: Channel) -> None:
     ours, theirs = channel
     pairs = [socket.socketpair() for _ in range(MAX_DESCRIPTORS)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import logging
 import os
 import random
@@ -11,7 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 
 import hotrestart_plugins
 from hotrestart_plugins import ChildExitAction, HotRestart, Role, TerminatePolicy
+from hotrestart_plugins.core import hot_restart
 from hotrestart_plugins.core.address import Address
 from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, PARENT_SOCKET
 from hotrestart_plugins.errors import (
@@ -29,7 +29,14 @@ from hotrestart_plugins.errors import (
     WrongDescriptor,
     WrongPeer,
 )
-from tests.support.processes import LOOPBACK, free_address, open_descriptors
+from tests.support.processes import (
+    LOOPBACK,
+    Command,
+    Processes,
+    fill_queue,
+    free_address,
+    open_descriptors,
+)
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -56,6 +63,31 @@ class Plain:
     def receive(self) -> tuple[bytes, list[socket.socket]]:
         data, fds, _, _ = socket.recv_fds(self.sock, 2048, 4)
         return data, [socket.socket(fileno=fd) for fd in fds]
+
+
+BIND = """
+import os, socket, sys
+name, to = sys.argv[1:3]
+fds = [int(fd) for fd in sys.argv[3:]]
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+sock.bind(name)
+print("bound", flush=True)
+"""
+
+
+def plain_process(
+    processes: Processes, code: str, directory: Path, name: str, fds: Sequence[int] = ()
+) -> Command:
+    """A process that binds `sock` to one of the two names, says so, and runs `code`.
+
+    It inherits `fds`; `fds` is the list of their numbers in `code` as well, and `to` the path of
+    the other name.
+    """
+    to = PARENT_SOCKET if name == CHILD_SOCKET else CHILD_SOCKET
+    args = [str(directory / name), str(directory / to), *map(str, fds)]
+    process = processes.python(BIND + code, *args, pass_fds=fds)
+    assert process.line() == "bound"
+    return process
 
 
 @pytest.fixture
@@ -88,6 +120,7 @@ def name_of(sock: socket.socket) -> str:
 # -- the child's side ------------------------------------------------------------------------------
 
 
+@pytest.mark.ipv6
 def test_a_listener_is_inherited(impostor: Plain, child: HotRestart) -> None:
     """The answer is the parent's socket: its own family and protocol, non-blocking."""
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as theirs:
@@ -129,24 +162,25 @@ def test_many_are_asked_for_at_once(impostor: Plain, child: HotRestart) -> None:
         sock.close()
 
 
-def test_answers_of_a_parent_that_died(meet: Path) -> None:
+SHORT_LIVED = """
+for _ in range(3):
+    sock.recv(1024)
+sock.connect(to)
+for fd in fds:
+    socket.send_fds(sock, [b"\\x02"], [fd])
+"""
+
+
+def test_answers_of_a_parent_that_died(processes: Processes, meet: Path) -> None:
     """What it had answered before it ended is inherited; only the rest is bound fresh."""
     given = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     wanted = [*(name_of(sock) for sock in given), free_address()]
-    plain = Plain(meet, PARENT_SOCKET, CHILD_SOCKET)
-    plain.sock.setblocking(True)
-    pid = os.fork()
-    if pid == 0:
-        for _ in wanted:
-            plain.sock.recv(1024)
-        for sock in given:
-            plain.send(b"\x02", [sock.fileno()])
-        os._exit(0)
-    plain.sock.close()
+    fds = [sock.fileno() for sock in given]
+    parent = plain_process(processes, SHORT_LIVED, meet, PARENT_SOCKET, fds)
     child = HotRestart(takeover_timeout=20)
     assert child.initialize(meet, 3) is Role.CHILD
     made = child.listen(wanted)
-    os.waitpid(pid, 0)
+    assert parent.wait() == 0, parent.log
     assert child.inherited == set(wanted[:2])
     assert [name_of(sock) for sock in made] == wanted
     assert child.role is Role.INITIAL
@@ -224,7 +258,13 @@ BAD_DESCRIPTORS = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_DESCRIPTORS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.ipv6] if kind == "TCP6 for TCP" else [])
+        for kind in BAD_DESCRIPTORS
+    ],
+)
 def test_a_wrong_descriptor(impostor: Plain, child: HotRestart, kind: str) -> None:
     """What is not the listener that was asked for is refused in one line, and closed."""
     make, host, why = BAD_DESCRIPTORS[kind]
@@ -307,11 +347,7 @@ def test_a_parent_with_a_full_queue(impostor: Plain, meet: Path) -> None:
     child = HotRestart(takeover_timeout=0.3)
     child.initialize(meet)
     before = os.stat(meet / PARENT_SOCKET).st_ino
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
-        flood.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                flood.sendto(b"\x03", str(meet / PARENT_SOCKET))
+    assert fill_queue(meet / PARENT_SOCKET)
     with pytest.raises(NoAnswer, match="the request to go"):
         child.ready()
     assert child.role is Role.CHILD
@@ -375,33 +411,39 @@ def test_the_references_moment(impostor: Plain, meet: Path) -> None:
     assert os.listdir(meet) == ["lock"]
 
 
+STRANGE_PARENT = f"""
+os.setuid({STRANGER})
+line = socket.socket(fileno=fds[0])
+line.recv(1)
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    sock.connect(to)
+    socket.send_fds(sock, [b"\\x02"], [listener.fileno()])
+    line.send(b"x")
+    line.recv(1)
+"""
+
+
 @pytest.mark.root
-def test_another_user_answers(meet: Path) -> None:
+def test_another_user_answers(processes: Processes, meet: Path) -> None:
     """An answer of another user is refused by the kernel's word, and its descriptor closed."""
     ours, theirs = socket.socketpair()
-    plain = Plain(meet, PARENT_SOCKET, CHILD_SOCKET)
-    pid = os.fork()
-    if pid == 0:
-        os.setuid(STRANGER)
-        theirs.recv(1)
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            plain.send(b"\x02", [sock.fileno()])
-            theirs.send(b"x")
-        os._exit(0)
+    with theirs:
+        fds = [theirs.fileno()]
+        parent = plain_process(processes, STRANGE_PARENT, meet, PARENT_SOCKET, fds)
     child = HotRestart(takeover_timeout=5)
     child.initialize(meet, 1)
     meet.chmod(0o711)
     (meet / CHILD_SOCKET).chmod(0o777)
     ours.send(b"x")
-    ours.recv(1)
+    assert ours.recv(1) == b"x", parent.log
     before = open_descriptors()
-    with pytest.raises(WrongPeer, match=f"pid {pid} runs as uid {STRANGER}, not as 0 or root"):
+    wrong = f"pid {parent.pid} runs as uid {STRANGER}, not as 0 or root"
+    with pytest.raises(WrongPeer, match=wrong):
         child.dup_parent_listener_sock("127.0.0.1:1")
     assert open_descriptors() == before
-    os.waitpid(pid, 0)
+    ours.close()
+    assert parent.wait() == 0, parent.log
     child.close()
-    for sock in (ours, theirs, plain.sock):
-        sock.close()
 
 
 def test_listen_is_all_or_none(meet: Path) -> None:
@@ -613,19 +655,23 @@ def test_complaints_end(
     takes_over(parent, asker, listener)
 
 
-def test_one_handle_reads_a_bounded_number(parent: HotRestart, asker: Plain) -> None:
+@pytest.fixture(params=[1, 2, hot_restart._BATCH])
+def bound(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many datagrams one handle() reads; a queue need not hold as many as ours by default."""
+    number: int = request.param
+    monkeypatch.setattr(hot_restart, "_BATCH", number)
+    return number
+
+
+def test_one_handle_reads_a_bounded_number(
+    parent: HotRestart, asker: Plain, listener: socket.socket, bound: int
+) -> None:
     """handle() returns to the host in the middle of a flood and says that there may be more."""
-    sent = 0
-    more = True
-    for _ in range(1000):
-        try:
-            asker.send(b"\xff")
-            sent += 1
-        except BlockingIOError:
-            more = parent.handle()
-            break
-    assert sent
-    assert more is False
+    waiting = fill_queue(asker.to)
+    assert waiting
+    full = waiting // bound
+    assert [parent.handle() for _ in range(full + 1)] == [True] * full + [False]
+    takes_over(parent, asker, listener)
 
 
 def test_random_datagrams(parent: HotRestart, asker: Plain, listener: socket.socket) -> None:
@@ -644,16 +690,14 @@ def test_random_datagrams(parent: HotRestart, asker: Plain, listener: socket.soc
 
 
 def test_a_request_of_a_process_that_has_ended(
-    parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
+    processes: Processes, parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
 ) -> None:
     """It is not answered: the answer would reach the next child, as one to its own question."""
     asker.sock.close()
     os.unlink(meet / CHILD_SOCKET)
-    pid = os.fork()
-    if pid == 0:
-        Plain(meet, CHILD_SOCKET, PARENT_SOCKET).send(request(name_of(listener)))
-        os._exit(0)
-    os.waitpid(pid, 0)
+    ask = f"sock.sendto({request(name_of(listener))!r}, to)"
+    ended = plain_process(processes, ask, meet, CHILD_SOCKET)
+    assert ended.wait() == 0, ended.log
     os.unlink(meet / CHILD_SOCKET)
     after = Plain(meet, CHILD_SOCKET, PARENT_SOCKET)
     parent.handle()
@@ -681,21 +725,17 @@ def test_the_end_of_the_child_before(
 
 @pytest.mark.root
 def test_another_user_asks(
-    parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
+    processes: Processes, parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
 ) -> None:
     """Another user, even one that was let into the directory, gets nothing and ends nothing."""
     asker.sock.close()
     os.unlink(meet / CHILD_SOCKET)
     meet.chmod(0o777)
     (meet / PARENT_SOCKET).chmod(0o777)
-    pid = os.fork()
-    if pid == 0:
-        os.setuid(STRANGER)
-        plain = Plain(meet, CHILD_SOCKET, PARENT_SOCKET)
-        plain.send(request(name_of(listener)))
-        plain.send(b"\x03")
-        os._exit(0)
-    assert os.waitpid(pid, 0) == (pid, 0)
+    messages = [request(name_of(listener)), b"\x03"]
+    ask = f"os.setuid({STRANGER})\nfor message in {messages}:\n    sock.sendto(message, to)"
+    stranger = plain_process(processes, ask, meet, CHILD_SOCKET)
+    assert stranger.wait() == 0, stranger.log
     parent.handle()
     assert (parent.role, parent.child) == (Role.PARENT, None)
     os.unlink(meet / CHILD_SOCKET)
@@ -717,11 +757,13 @@ def test_after_it_was_replaced(parent: HotRestart, asker: Plain, listener: socke
 
 
 def test_a_child_that_does_not_read(
-    parent: HotRestart, asker: Plain, listener: socket.socket
+    parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
 ) -> None:
     """A child whose queue is full costs the parent no waiting and no descriptor."""
     before = open_descriptors()
-    for _ in range(50):
+    for number in range(50):
+        if number == 2:  # the answers so far wait in the queue
+            fill_queue(meet / CHILD_SOCKET)
         asker.send(request(name_of(listener)))
         parent.handle()
     assert set(before.values()) <= set(open_descriptors().values())

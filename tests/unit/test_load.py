@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -34,6 +33,7 @@ from demo_app.load import (
     Sizes,
     Target,
 )
+from tests.support import certificates
 
 DEMO_APP = Path(__file__).resolve().parents[2] / "demo_app"
 DEADLINE = 30.0
@@ -749,37 +749,24 @@ def test_the_command_line_wants_a_client(server: str) -> None:
 # TLS
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    if not shutil.which("openssl"):
-        pytest.skip("no openssl to make a certificate with")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", str(key), "-out", str(cert)]
-    subprocess.run([*command.split(), *subject, *files], check=True, capture_output=True)
-    return cert, key
-
-
-def test_tls(certificate: tuple[Path, Path]) -> None:
-    cert, key = certificate
+def test_tls(tmp_path: Path) -> None:
+    files = certificates.issue(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
+    context.load_cert_chain(files.chain, files.key)
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as http:
         http.socket = context.wrap_socket(http.socket, server_side=True)
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         mix, target = Mix(one_shot=1, keep_alive=2), f"127.0.0.1:{http.server_port}"
-        with LoadProcess(target, mix, ca_file=cert, max_requests=40) as load:
+        with LoadProcess(target, mix, ca_file=files.ca, max_requests=40) as load:
             report = load.stop()
         http.shutdown()
         thread.join(DEADLINE)
     assert (report.answered, report.failures) == (report.sent, 0)
 
 
-def test_a_server_that_ends_the_tls_handshake_is_an_eof(certificate: tuple[Path, Path]) -> None:
-    tls = ssl.create_default_context(cafile=certificate[0])
+def test_a_server_that_ends_the_tls_handshake_is_an_eof() -> None:
+    tls = ssl.create_default_context()
 
     async def hangs_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1000)

@@ -129,6 +129,7 @@ def test_a_unix_socket_is_never_gone(place: Deploys, tmp_path: Path, worker: str
     assert not path.exists()
 
 
+@pytest.mark.ipv6
 def test_several_addresses(place: Deploys, tmp_path: Path) -> None:
     """IPv4, IPv6, all interfaces, Unix, and a file named @like an abstract socket; what is new is
     bound fresh, and the Unix path that nobody listens on any more is gone."""

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import resource
 import signal
 import socket
 import time
@@ -316,30 +315,27 @@ def test_switched_off(place: Deploys, address: str) -> None:
         assert outcome(place, new)["moved"] == 0
 
 
+@pytest.mark.descriptors
 def test_a_thousand_connections_go_in_one_go(place: Deploys, address: str) -> None:
     """All alive behind it, none reconnected."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
     args = command("uvicorn", address, *LONG)
     old = start(place, args, *UP)
-    try:
-        with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(Connection(address)) for _ in range(1000)]
-            for connection in opened:
-                connection.send(request())
-            for connection in opened:
-                assert connection.answer().pid == old.pid
-            new = start(place, args, TOOK_OVER)
-            assert old.wait() == 0
-            for connection in opened:
-                connection.send(request())
-            for connection in opened:
-                assert connection.answer().pid == new.pid
-            assert outcome(place, new)["moved"] == 1000
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Connection(address)) for _ in range(1000)]
+        for connection in opened:
+            connection.send(request())
+        for connection in opened:
+            assert connection.answer().pid == old.pid
+        new = start(place, args, TOOK_OVER)
+        assert old.wait() == 0
+        for connection in opened:
+            connection.send(request())
+        for connection in opened:
+            assert connection.answer().pid == new.pid
+        assert outcome(place, new)["moved"] == 1000
 
 
+@pytest.mark.descriptors
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_those_that_wait_for_their_turn_are_served(
     meet: Path, monkeypatch: pytest.MonkeyPatch, loop: str

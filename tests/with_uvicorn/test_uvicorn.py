@@ -156,6 +156,7 @@ def test_a_unix_socket_is_never_gone_and_keeps_its_mode(
     assert not path.exists()
 
 
+@pytest.mark.ipv6
 def test_several_addresses_at_once(place: Deploys, tmp_path: Path) -> None:
     """--bind as often as one likes; what is new is bound fresh, what is gone is let go."""
     v4, v6 = f"127.0.0.1:{free_port()}", f"[::1]:{free_port()}"

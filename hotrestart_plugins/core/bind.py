@@ -7,15 +7,18 @@ import errno
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 
-from hotrestart_plugins.core import credentials
+from hotrestart_plugins.core import credentials, events
 from hotrestart_plugins.core.address import Address
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.errors import AddressError
 
 DEFAULT_BACKLOG = 2048
 """Connections that may wait in a listener; uvicorn's and gunicorn's own default."""
 
+_BIND_INTERVAL = 0.02  # seconds between two tries: nothing tells when an address becomes free
 _PROC_NET_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, proc(5)
 
 
@@ -62,6 +65,40 @@ def bind_fresh(
         sock.close()
         raise
     return sock
+
+
+def bind_before(
+    deadline: float,
+    directory: Path,
+    journal: Journal,
+    address: Address,
+    *,
+    backlog: int,
+    mode: int | None,
+    v6only: bool | None,
+) -> socket.socket:
+    """`bind_fresh`, waiting until `deadline` (monotonic seconds) for an address that is in use.
+
+    The caller owns the socket. The AddressError of an address that stays in use names `directory`:
+    whoever holds the address does not answer there.
+    """
+    waiting = False
+    while True:
+        try:
+            return bind_fresh(address, backlog=backlog, mode=mode, v6only=v6only)
+        except AddressError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno != errno.EADDRINUSE:
+                raise
+            if time.monotonic() >= deadline:
+                raise AddressError(
+                    f"{error}, which is not to be reached in {directory}: "
+                    "stop it, or pass the --hot-restart-dir that it was started with"
+                ) from cause
+            if not waiting:
+                journal.emit(events.ADDRESS_IN_USE, error=error)
+        waiting = True
+        time.sleep(_BIND_INTERVAL)
 
 
 def _clear_the_way(path: str) -> int | None:

@@ -61,6 +61,24 @@ def printable(value: object) -> object:
     return "".join(char if char.isprintable() else "?" for char in str(value))
 
 
+def write(
+    logger: Logger,
+    event: Event,
+    /,
+    *,
+    traceback: BaseException | None = None,
+    **fields: object,
+) -> None:
+    """Write the event's line to the log, if it has one. `Journal.emit` is what to call."""
+    if not event.level:
+        return
+    log = getattr(logger, event.level)
+    if traceback is None:
+        log("%s", event.text(**fields))
+    else:
+        log("%s", event.text(**fields), exc_info=traceback)
+
+
 # -- a new instance, in the order in which it comes to them ----------------------------------------
 
 WAITING_FOR_TURN = Event(

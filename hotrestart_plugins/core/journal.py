@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hotrestart_plugins.core.events import Event, Logger
+import logging
+
+from hotrestart_plugins.core.events import Event, Logger, write
 from hotrestart_plugins.core.record import Record
 
 
@@ -28,11 +30,16 @@ class Journal:
         `traceback`: the error whose traceback goes into the log. `facts`: what else the record
         notes, by its name there. `fields`: the event's own.
         """
-        if event.level:
-            log = getattr(self.logger, event.level)
-            if traceback is None:
-                log("%s", event.text(**fields))
-            else:
-                log("%s", event.text(**fields), exc_info=traceback)
+        write(self.logger, event, traceback=traceback, **fields)
         if self.record is not None and (event.step or event.outcome or facts):
             self.record.note(event.step, outcome=event.outcome, **(facts or {}))
+
+
+def journal_of(logger: Logger | Journal | None) -> Journal:
+    """`logger` itself if it is a journal, else a journal that writes to it.
+
+    None: the standard library's logger ``hotrestart``.
+    """
+    if isinstance(logger, Journal):
+        return logger
+    return Journal(logging.getLogger("hotrestart") if logger is None else logger)

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hotrestart_plugins.core.events import Logger
+from hotrestart_plugins.core.events import RECORD_FAILED, Logger, write
 
 KEPT = 8
 """Records that are kept; older ones are removed."""
@@ -59,7 +59,7 @@ class Record:
             with _locked(self.path.parent):
                 self._write(step, outcome, facts)
         except (OSError, ValueError) as error:
-            self._log.warning("The handover record %s cannot be written: %s", self.path, error)
+            write(self._log, RECORD_FAILED, path=self.path, error=error)
 
     def _write(self, step: str, outcome: str, facts: dict[str, object]) -> None:
         record = self._read()

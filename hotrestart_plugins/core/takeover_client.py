@@ -1,206 +1,202 @@
-"""The child's questions: one request, one answer, each with a deadline."""
+"""The new instance's side of a takeover: find the parent, ask it, claim its name, tell it to go."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from hotrestart_plugins.core import address as addresses
-from hotrestart_plugins.core import credentials
+from hotrestart_plugins.core import events
 from hotrestart_plugins.core.address import Address
-from hotrestart_plugins.core.datagram import GONE, SLICE, Endpoint, Packet
-from hotrestart_plugins.core.listeners import OwnedPath
-from hotrestart_plugins.core.messages import (
-    PassFdRequest,
-    PassFdResponse,
-    TerminateParentRequest,
-    parse,
-)
+from hotrestart_plugins.core.datagram import SLICE
+from hotrestart_plugins.core.journal import Journal
+from hotrestart_plugins.core.listeners import ListenerRegistry
+from hotrestart_plugins.core.parent_connection import ParentConnection
 from hotrestart_plugins.core.rendezvous import RendezvousDirectory
-from hotrestart_plugins.errors import (
-    MessageError,
-    NoAnswer,
-    ParentGone,
-    TakeoverError,
-    WrongDescriptor,
-    WrongPeer,
-)
-
-_MAX_PENDING = 8  # requests on their way at once; fewer if the parent's queue is shorter
+from hotrestart_plugins.core.roles import InstanceState, Role
+from hotrestart_plugins.core.takeover_server import TakeoverServer
+from hotrestart_plugins.errors import NoAnswer, ParentGone
 
 
 class TakeoverClient:
-    """What a child asks of its parent. Owns the child's endpoint and its name."""
+    """An instance that has its turn, from its start until it serves.
+
+    Owns the turn, and the connection to the parent if there is a parent.
+    """
 
     def __init__(
         self,
         rendezvous: RendezvousDirectory,
-        endpoint: Endpoint,
-        owned_path: OwnedPath,
-        timeout: float,
+        *,
+        state: InstanceState,
+        registry: ListenerRegistry,
+        journal: Journal,
+        turn_timeout: float,
+        takeover_timeout: float,
     ) -> None:
-        """`endpoint` is bound to the child's name; `connect` comes next.
+        """Wait for this instance's turn, and connect to whoever serves.
 
-        `timeout`: seconds to wait for each answer.
+        `turn_timeout`: seconds to wait for the turn. `takeover_timeout`: seconds to wait for each
+        answer. `rendezvous` passes into the ownership of this object, unless an error is raised:
+        Busy, NoAnswer, RendezvousError, OSError.
         """
-        self.parent_pid = 0
-        """By the kernel's word, once it has answered; 0 before."""
+        self.directory: Path = rendezvous.directory
+        self.bind_deadline = 0.0
+        """Until when a killed instance's workers may hold an address; monotonic seconds."""
+        self.asked: set[str] = set()
+        """The addresses that the parent was asked for."""
         self._rendezvous = rendezvous
-        self._endpoint = endpoint
-        self._owned_path = owned_path
-        self._timeout = timeout
-        self._broken = ""
-        self._peer: OwnedPath | None = None
+        self._state = state
+        self._registry = registry
+        self._journal = journal
+        self._timeout = takeover_timeout
+        self._connection: ParentConnection | None = None
+        self._start(turn_timeout)
 
-    def connect(self) -> bool:
-        """Turn to whoever serves now; False if nobody does."""
-        # Looked at before, so that whoever comes to the name in between counts as somebody else.
-        with contextlib.suppress(FileNotFoundError):
-            self._peer = OwnedPath(self._rendezvous.parent_path)
-        self.parent_pid = 0
-        return self._rendezvous.connect_to_parent(self._endpoint)
-
-    def parent_serves(self) -> bool:
-        """Whether the instance that this is connected to still answers, and at its name."""
-        return self._peer is not None and self._peer.holds() and self._rendezvous.parent_answers()
-
-    def check(self) -> None:
-        """Raise TakeoverError if an earlier question failed: its answer may still come."""
-        if self._broken:
-            raise TakeoverError(f"this takeover has failed ({self._broken}): start again")
-
-    def ask(self, wanted: Sequence[Address]) -> Iterator[socket.socket | None]:
-        """The parent's listener bound to each address, the caller's to close; None: it has none.
-
-        Answers come in the order of the requests, so several of these are on their way at once: a
-        takeover of many listeners does not wait for each. The length of the parent's queue is
-        unknown (net.unix.max_dgram_qlen when its socket was made: 10, or 512 under systemd): a
-        request that finds no room is sent after the next answer. Raises ParentGone, NoAnswer,
-        WrongPeer, WrongDescriptor; what was answered before has been yielded.
-        """
-        self.check()
-        self._broken = "it was left in the middle"
-        sent = 0
-        refused = ""
+    def _start(self, turn_timeout: float) -> None:
+        rendezvous = self._rendezvous
+        deadline = time.monotonic() + turn_timeout
+        rendezvous.locks.take_turn(turn_timeout, waiting=self._waiting)
+        endpoint, owned_path = rendezvous.bind_child(max(0.0, deadline - time.monotonic()))
+        connection = ParentConnection(rendezvous, endpoint, owned_path, self._timeout)
         try:
-            for number, one in enumerate(wanted):
-                deadline = time.monotonic() + self._timeout
-                while not refused and sent < min(len(wanted), number + _MAX_PENDING):
-                    due = sent == number
-                    try:
-                        refused = self._send(wanted[sent], deadline if due else 0.0)
-                    except NoAnswer:
-                        if due:
-                            raise
-                        break  # no room; an answer to what was sent will make some
-                    sent += not refused
-                packet = self._receive(one, deadline, refused if sent <= number else "")
-                fd = self._answer(packet)
-                yield None if fd < 0 else self._checked(fd, one)
-        except OSError as error:
-            self._broken = str(error)
-            raise TakeoverError(f"the running instance cannot be asked: {error}") from error
-        except TakeoverError as error:
-            # Of one that has ended no answer can come any more; it may be another's turn.
-            self._broken = "" if isinstance(error, ParentGone) else str(error)
-            raise
-        self._broken = ""
-
-    def _send(self, one: Address, deadline: float) -> str:
-        """Ask for one listener; why nobody could be asked, or empty."""
-        try:
-            self._endpoint.send_before(PassFdRequest(one.name).serialize(), deadline)
-        except TimeoutError:
-            raise self._no_answer(one.name) from None
-        except GONE as error:
-            return error.strerror or str(error)
-        return ""
-
-    def _receive(self, one: Address, deadline: float, refused: str) -> Packet:
-        """The next answer, which the caller closes; `refused`: why it was not even asked for."""
-        if refused:
-            raise ParentGone(f"cannot ask for {one}: {refused}")
-        packet = self._endpoint.receive()
-        while packet is None:
-            packet = self._endpoint.receive_within(SLICE)
-            if packet is None and not self.parent_serves():
-                # Its last word may have come between the wait and the look.
-                packet = self._endpoint.receive()
-                if packet is None:
-                    raise ParentGone(f"the parent ended before it had answered for {one}")
-            if packet is None and time.monotonic() >= deadline:
-                raise self._no_answer(one.name)
-        return packet
-
-    def _answer(self, packet: Packet) -> int:
-        """The descriptor in an answer, which the caller owns, or -1."""
-        pid = packet.sender.pid
-        try:
-            if packet.fault:
-                raise WrongDescriptor(f"the answer of pid {pid} was {packet.fault}")
-            credentials.check(packet.sender.pid, packet.sender.uid)
-            message = parse(packet.data)
-            if not isinstance(message, PassFdResponse):
-                raise WrongPeer(f"pid {pid} answered with {message}")
-        except MessageError as error:
-            packet.close()
-            raise WrongPeer(f"pid {pid} answered with {error}") from None
+            found = self._find_parent(connection, time.monotonic() + self._timeout)
         except BaseException:
-            packet.close()
+            connection.close()
             raise
-        self.parent_pid = pid
-        return packet.fd
+        if found:
+            self._connection = connection
+            self._state.takeover_id = rendezvous.child_takeover_id()
+            self._state.become(Role.CHILD)
+            self._journal.emit(events.INSTANCE_FOUND, directory=rendezvous.directory)
+        else:
+            connection.close()
+            self._state.become(Role.INITIAL)
+            self._journal.emit(events.NO_INSTANCE_FOUND, directory=rendezvous.directory)
+            if os.path.lexists(rendezvous.parent_path):  # of an instance that was killed
+                self.bind_deadline = time.monotonic() + self._timeout
 
-    def _checked(self, fd: int, wanted: Address) -> socket.socket:
-        """The socket of `fd`, which this takes over; raises WrongDescriptor and closes it."""
-        try:
-            sock = socket.socket(fileno=fd)  # family, type and protocol by the kernel's word
-        except OSError:
-            os.close(fd)
-            raise WrongDescriptor(
-                f"pid {self.parent_pid} sent a descriptor for {wanted} that is no socket"
-            ) from None
-        came = f"pid {self.parent_pid} sent"
-        try:
-            if not addresses.is_listening(sock):
-                raise WrongDescriptor(f"{came} a socket for {wanted} that does not listen")
-            if sock.getsockname() != wanted.sockaddr:  # which says nothing yet: port 0, @name
-                bound = addresses.of_socket(sock)
-                if not wanted.is_of(bound):
-                    raise WrongDescriptor(f"{came} the listener of {bound} for {wanted}")
-            sock.setblocking(False)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+    def _waiting(self, holder: int) -> None:
+        self._journal.emit(events.WAITING_FOR_TURN, pid=holder)
 
-    def tell_to_go(self) -> bool:
-        """Send TerminateParentRequest; False if the parent has ended. Raises NoAnswer, OSError."""
-        try:
-            self._endpoint.send_before(
-                TerminateParentRequest().serialize(), time.monotonic() + self._timeout
-            )
-        except TimeoutError:
-            raise self._no_answer("the request to go") from None
-        except GONE:
-            return False
+    def _find_parent(self, connection: ParentConnection, deadline: float) -> bool:
+        """Connect to the parent; wait for one that stands by to take its name back."""
+        while not connection.connect():
+            pid = self._rendezvous.locks.standing_by()
+            if pid is None:
+                return False
+            if time.monotonic() >= deadline:
+                raise NoAnswer(f"pid {pid} stands by to serve again, but has not in time")
+            time.sleep(SLICE / 10)
         return True
 
-    def _no_answer(self, name: str) -> NoAnswer:
-        who = f"pid {self.parent_pid}" if self.parent_pid else "the running instance"
-        return NoAnswer(
-            f"{who} did not answer for {name} within {self._timeout:g} s: it is stopped or hangs, "
-            "or is a Volo process that has no such listener; look at it, then start again"
+    def inherit(self, wanted: list[Address], found: list[socket.socket | None]) -> None:
+        """Append the parent's listener for each of `wanted` to `found`, or None: bind it fresh.
+
+        The caller closes them, also those that were found before an error: WrongDescriptor,
+        WrongPeer, NoAnswer, TakeoverError.
+        """
+        first = len(found)
+        while self._connection is not None and len(found) < first + len(wanted):
+            try:
+                self._ask(self._connection, wanted[len(found) - first :], found)
+            except ParentGone:
+                self._parent_gone(self._connection)
+        found.extend([None] * (first + len(wanted) - len(found)))
+
+    def _ask(
+        self,
+        connection: ParentConnection,
+        wanted: list[Address],
+        found: list[socket.socket | None],
+    ) -> None:
+        """Append the answer for each to `found`, as far as the parent gives any."""
+        for address, sock in zip(wanted, connection.ask(wanted), strict=True):
+            found.append(sock)
+            pid = self._state.parent_pid = connection.parent_pid
+            self.asked.add(address.name)
+            if sock is None:
+                self._journal.emit(events.LISTENER_MISSING, pid=pid, address=address)
+            else:
+                self._registry.inherited[address.name] = address
+                self._journal.emit(events.LISTENER_RECEIVED, pid=pid, address=address)
+
+    def _parent_gone(self, connection: ParentConnection) -> None:
+        """Turn to the instance that stood by and serves again, if there is one, or go on alone.
+
+        Alone, what was inherited lives on here. Another instance is asked again for what was
+        inherited, the same sockets, to let it know that they are served here too.
+        """
+        ended = self._state.parent_pid or "unknown"
+        self.bind_deadline = time.monotonic() + self._timeout
+        if self._find_parent(connection, self.bind_deadline):
+            self._journal.emit(events.OLD_INSTANCE_CHANGED, pid=ended)
+            again: list[socket.socket | None] = []
+            try:
+                self.inherit(list(self._registry.inherited.values()), again)
+            finally:
+                for sock in again:
+                    if sock is not None:
+                        sock.close()
+            return
+        self._journal.emit(events.OLD_INSTANCE_ENDED, pid=ended)
+        connection.close()
+        self._connection = None
+        self._state.become(Role.INITIAL)
+
+    def take_over(self) -> TakeoverServer:
+        """Claim the parent's name, tell the parent to go, and end the turn.
+
+        The rendezvous passes into the ownership of what is returned, unless an error is raised:
+        NoAnswer if the parent cannot be told, and then it has its name back; TakeoverError if an
+        earlier question failed; OSError if the name cannot be claimed.
+        """
+        while self._connection is not None:
+            self._connection.check()
+            if self._connection.parent_serves():
+                break
+            self._parent_gone(self._connection)
+        connection = self._connection
+
+        def tell() -> None:
+            if connection is None:
+                return
+            if connection.tell_to_go():
+                self._journal.emit(events.TOOK_OVER, pid=self._state.parent_pid)
+            else:
+                self._journal.emit(events.OLD_INSTANCE_UNTOLD, pid=self._state.parent_pid)
+
+        endpoint, owned_path = self._rendezvous.claim_parent(tell)
+        self._state.become(Role.PARENT)
+        if connection is not None:
+            connection.close()
+        self._rendezvous.locks.end_turn()
+        return TakeoverServer(
+            self._rendezvous,
+            endpoint,
+            owned_path,
+            state=self._state,
+            registry=self._registry,
+            journal=self._journal,
+        )
+
+    def shares(self, name: str) -> bool:
+        """Whether the parent has this listener, too."""
+        return (
+            self._connection is not None
+            and name in self._registry.inherited
+            and self._rendezvous.parent_answers()
         )
 
     def close(self) -> None:
-        """Close the endpoint and give the name back."""
-        self._owned_path.release()
-        self._endpoint.close()
+        """Close the connection, and give up the turn; the parent serves on."""
+        if self._connection is not None:
+            self._connection.close()
+        self._rendezvous.close()
 
     def disown(self) -> None:
-        """In a forked child: close the copy; the name is the other process's."""
-        self._endpoint.close()
+        """In a forked child: close the copies; the names and locks are the other process's."""
+        if self._connection is not None:
+            self._connection.disown()
+        self._rendezvous.close()

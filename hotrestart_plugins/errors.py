@@ -9,6 +9,7 @@
     ├── MessageError                bytes from the other side that are no message
     ├── LifecycleError              a fault of ours: an event in a state where it cannot come
     └── TakeoverError               the takeover did not happen; the parent serves on
+        ├── Overtaken               a newer instance was started, and takes over instead
         ├── Busy                    another takeover is under way
         ├── NoAnswer                the parent lives, but did not answer in time
         ├── ParentGone              the parent ended in the middle of the takeover
@@ -55,6 +56,17 @@ class TakeoverError(HotRestartError):
     """This instance could not take over. The running one goes on serving; try again."""
 
     status = 75  # EX_TEMPFAIL, sysexits(3)
+
+
+class Overtaken(TakeoverError):
+    """A newer instance was started while this one waited or booted: it takes over instead."""
+
+    status = 0  # nothing has failed, and whoever restarts what fails shall not restart this
+
+    def __init__(self, pid: int) -> None:
+        """`pid`: of the newer instance; 0 if it is in another pid namespace."""
+        super().__init__(f"Overtaken by pid {pid}")
+        self.pid = pid
 
 
 class Busy(TakeoverError):

@@ -128,6 +128,7 @@ TAKEOVER_FAILED = Event(
     outcome="failed",
 )
 START_FAILED = Event("start_failed", "error", "Start failed: {reason}", outcome="failed")
+OVERTAKEN = Event("overtaken", "info", "Overtaken by pid {pid}", outcome="overtaken")
 APP_FAILED = Event("app_failed", "error", "The app failed to start")
 WORKER_START_FAILED = Event(
     "worker_start_failed", "error", "Worker [{pid}] failed to start: {error}"

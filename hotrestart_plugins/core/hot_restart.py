@@ -53,15 +53,18 @@ class HotRestart:
         self,
         *,
         takeover_timeout: float = 30.0,
+        turn_timeout: float | None = None,
         terminate_policy: TerminatePolicy = TerminatePolicy.READY,
         logger: Logger | Journal | None = None,
     ) -> None:
         """Nothing is opened yet.
 
-        `takeover_timeout`: seconds to wait for this instance's turn, and for each answer.
+        `takeover_timeout`: seconds to wait for each answer. `turn_timeout`: seconds to wait for
+        this instance's turn, while another one takes over; None: as long as for an answer.
         `logger`: where events are logged, or the journal that they are emitted to.
         """
         self.takeover_timeout = takeover_timeout
+        self.turn_timeout = takeover_timeout if turn_timeout is None else turn_timeout
         self._terminate_policy = terminate_policy
         self._journal = journal_of(logger)
         self._state = InstanceState()
@@ -102,8 +105,9 @@ class HotRestart:
         """Meet in `sock_dir`: become the child of the instance that serves, or the first parent.
 
         `listener_num` is how many listeners this instance will have; 0: not told, and then
-        `TerminatePolicy.INHERITED` cannot be reached. Waits for its turn, `takeover_timeout`
-        seconds at most. Raises RendezvousError, Busy, NoAnswer; leaves nothing open then.
+        `TerminatePolicy.INHERITED` cannot be reached. Waits for its turn, `turn_timeout` seconds
+        at most. Raises Overtaken if a newer instance was started meanwhile, RendezvousError, Busy,
+        NoAnswer; leaves nothing open then.
         """
         if self._state.role is not Role.NEW:
             return self.role
@@ -114,7 +118,7 @@ class HotRestart:
                 state=self._state,
                 registry=self._registry,
                 journal=self._journal,
-                turn_timeout=self.takeover_timeout,
+                turn_timeout=self.turn_timeout,
                 takeover_timeout=self.takeover_timeout,
             )
         except OSError as error:
@@ -255,9 +259,10 @@ class HotRestart:
     def ready(self) -> None:
         """This instance serves: answer from now on, and tell the parent, if any, to go.
 
-        Raises ConfigurationError if fewer listeners are registered than were announced, and
-        NoAnswer if the parent cannot be told; the parent has its name back then. Calling it again
-        does nothing.
+        Raises Overtaken if a newer instance was started, and somebody serves: close this one, the
+        newer one takes over. Raises ConfigurationError if fewer listeners are registered than were
+        announced, and NoAnswer if the parent cannot be told; the parent has its name back then.
+        Calling it again does nothing.
         """
         if self._client is None:
             return

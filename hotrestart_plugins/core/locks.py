@@ -1,9 +1,15 @@
-"""The locks in the hot-restart directory: whose turn it is to take over, and who stands by.
+"""The locks in the hot-restart directory: tickets, turns, and the instances that stand by.
 
-They are POSIX record locks on one file: byte 0 is held by who takes over, each later byte by one
-who stands by. The kernel frees them when their process dies, a forked worker never holds one, and
-F_GETLK tells whose they are. To stand by is to be ready to take the name back, for a rollback; who
-does so later has a later byte.
+They are POSIX record locks. The kernel frees them when their process dies, a forked worker never
+holds one, and F_GETLK tells which process holds one.
+
+In the file ``lock``, byte 0 is held by the instance whose turn it is to take over, each later byte
+by one that stands by: it is ready to take the name back, for a rollback. An instance that stands by
+since a later time has a later byte.
+
+In the file ``tickets``, an instance holds the byte whose number is its ticket from its start to its
+end, so the newest living instance has the highest ticket. Byte 0 is held while a ticket is taken.
+The content is the ticket that was taken last.
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ from typing import NamedTuple
 from hotrestart_plugins.errors import Busy
 
 _FLOCK = struct.Struct("@hhqqi")  # struct flock, fcntl(2): type, whence, start, len, pid
+_TURN = 0  # the byte of the turn
+_MAX_DIGITS = 18  # of a ticket: the number of a byte has 63 bits
 POLL_INTERVAL = 0.02  # seconds between two tries: POSIX locks have no wait with a deadline
 
 
@@ -30,20 +38,22 @@ class _Lock(NamedTuple):
     pid: int
     """0 if the process cannot be seen from this pid namespace."""
     end: int
-    """The byte behind it."""
+    """The byte after it."""
 
 
 class _LockFile:
     """A lock file's one descriptor in this process, shared by every instance that meets there.
 
     POSIX locks never conflict within a process, and closing any descriptor of the file frees them
-    all: fcntl(2). So there is one, closed by the last user, and `taken` is kept here.
+    all: fcntl(2). So there is one descriptor, closed by the last user, and what this process holds
+    is kept in `held`.
     """
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.users = 0
-        self.taken = False
+        self.held: set[int] = set()
+        """The bytes that this process holds, of those that several instances in it may want."""
         found = os.fstat(self.fd)
         self.key = (found.st_dev, found.st_ino)
 
@@ -61,14 +71,108 @@ class _LockFile:
         _lock_files[made.key] = made
         return made
 
+    def lock(self, byte: int) -> bool:
+        """Lock one byte, without waiting; False if another process holds it."""
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            return False
+        return True
+
+    def unlock(self, byte: int) -> None:
+        """Free one byte."""
+        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, byte)
+
+    def holder(self, start: int, length: int = 0) -> _Lock | None:
+        """A lock of another process from `start` on, in `length` bytes; 0: to the end of all.
+
+        Any of them, not always the first.
+        """
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+        kind, _, at, size, pid = _FLOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_GETLK, asked))
+        return None if kind == fcntl.F_UNLCK else _Lock(pid, at + size)
+
+    def last(self, start: int) -> _Lock | None:
+        """The last lock of another process from `start` on."""
+        last = None
+        while (found := self.holder(start)) is not None:
+            last, start = found, found.end
+        return last
+
     def close(self) -> None:
         self.users -= 1
         if not self.users:
             del _lock_files[self.key]
             os.close(self.fd)
+            self.fd = -1
 
 
 _lock_files: dict[tuple[int, int], _LockFile] = {}
+
+
+class Ticket:
+    """This instance's place in the order of starts. Owns a share in the file's one descriptor."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        """Take the next ticket, waiting `seconds` at most for others that take theirs.
+
+        `path`: the file of the tickets. Raises Busy, or OSError if the file cannot be used.
+        """
+        self._file = _LockFile.of(path)
+        try:
+            self.number = self._take(path, time.monotonic() + seconds)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take(self, path: Path, deadline: float) -> int:
+        file = self._file
+        while not file.lock(0):
+            if time.monotonic() >= deadline:
+                holder = file.holder(0, 1)
+                pid = holder.pid if holder is not None else 0
+                raise Busy(
+                    f"pid {pid} is taking a ticket in {path.parent} and was not done in time: "
+                    "start again when it is"
+                )
+            time.sleep(POLL_INTERVAL)
+        try:
+            # Above the living ones, too: the file may have been emptied.
+            living = file.last(1)
+            number = max(_counter(file.fd), living.end - 1 if living else 0, *file.held, 0) + 1
+            file.lock(number)
+            file.held.add(number)
+            with contextlib.suppress(OSError):  # a full disk: the living ones still count
+                os.ftruncate(file.fd, os.pwrite(file.fd, b"%d\n" % number, 0))
+            return number
+        finally:
+            file.unlock(0)
+
+    def newest(self) -> int | None:
+        """The pid of the newest living instance, if it was started after this one; else None.
+
+        0 for a process of another pid namespace.
+        """
+        found = self._file.last(self.number + 1)
+        ours = max(self._file.held, default=0)
+        if ours >= (found.end if found is not None else self.number + 1):
+            return os.getpid()
+        return found.pid if found is not None else None
+
+    def close(self) -> None:
+        """Give the ticket back. In a forked child too: the other process's stays."""
+        if self._file.fd >= 0 and self.number in self._file.held:
+            self._file.held.discard(self.number)
+            self._file.unlock(self.number)
+            self._file.close()
+
+
+def _counter(fd: int) -> int:
+    """The ticket that was taken last; 0 if the file does not say."""
+    text = os.pread(fd, 32, 0).strip()
+    return int(text) if text.isdigit() and len(text) <= _MAX_DIGITS else 0
 
 
 class DirectoryLocks:
@@ -77,19 +181,26 @@ class DirectoryLocks:
     def __init__(self, path: Path) -> None:
         """`path`: the lock file. Raises OSError if it cannot be opened."""
         self._directory = path.parent
-        self._file: _LockFile | None = _LockFile.of(path)
-        self._fd = self._file.fd
+        self._file = _LockFile.of(path)
+        self._closed = False
         self._has_turn = False
         self._standby_byte = 0  # 0: this instance does not stand by
 
-    def take_turn(self, seconds: float, waiting: Callable[[int], None] | None = None) -> None:
+    def take_turn(
+        self,
+        seconds: float,
+        waiting: Callable[[int], None] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Wait for this instance's turn to take over, `seconds` at most; raises Busy.
 
-        `waiting` is told once whose turn it is, where this one has to wait.
+        `waiting` is told once whose turn it is, where this one has to wait. `check` is called at
+        each look, also at the last one: what it raises ends the wait.
         """
         deadline = time.monotonic() + seconds
         while True:
             holder = self._try_turn()
+            check()
             if holder is None:
                 return
             if holder and waiting is not None:
@@ -104,38 +215,36 @@ class DirectoryLocks:
 
     def _try_turn(self) -> int | None:
         """None if the lock is ours now, else the pid that holds it, or 0; see `standing_by`."""
-        if self._file is None or self._file.taken:
+        if _TURN in self._file.held:
             return os.getpid()
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            found = self._locked(0, 1)
+        if not self._file.lock(_TURN):
+            found = self._file.holder(_TURN, 1)
             return found.pid if found is not None else 0
-        self._file.taken = self._has_turn = True
+        self._file.held.add(_TURN)
+        self._has_turn = True
         return None
 
     def end_turn(self) -> None:
         """Let the next one take over."""
-        if self._file is not None and self._has_turn:
-            self._file.taken = self._has_turn = False
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 0)
+        if self._has_turn:
+            self._has_turn = False
+            self._file.held.discard(_TURN)
+            self._file.unlock(_TURN)
 
     def stand_by(self) -> None:
         """Tell who finds the parent socket dead that this process will take it back."""
         if self._standby_byte:
             return
-        byte = 1
-        while (found := self._locked(byte)) is not None:
-            byte = found.end
-        fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        byte = 0
+        while not byte or not self._file.lock(byte):  # another may have taken the byte meanwhile
+            last = self._file.last(1)
+            byte = last.end if last is not None else 1
         self._standby_byte = byte
 
     def stand_down(self) -> None:
         """No longer: whoever finds the parent socket dead is on its own."""
         if self._standby_byte:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, self._standby_byte)
+            self._file.unlock(self._standby_byte)
             self._standby_byte = 0
 
     def standing_by(self) -> int | None:
@@ -143,27 +252,20 @@ class DirectoryLocks:
 
         0 for one of another pid namespace.
         """
-        found = self._locked(1)
+        found = self._file.holder(1)
         return found.pid if found is not None else None
 
     def newer_stands_by(self) -> bool:
         """Whether one stands by who was replaced after this instance."""
-        return self._locked(self._standby_byte + 1) is not None
-
-    def _locked(self, start: int, length: int = 0) -> _Lock | None:
-        """The first lock of another process from there on, in `length` bytes; 0: to the end."""
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-        kind, _, at, size, pid = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_GETLK, asked))
-        return None if kind == fcntl.F_UNLCK else _Lock(pid, at + size)
+        return self._file.holder(self._standby_byte + 1) is not None
 
     def close(self) -> None:
         """Free this instance's locks, and close the lock file if no other here uses it.
 
         In a forked child too: it holds none of them, and the other process's stay.
         """
-        if self._file is not None:
+        if not self._closed:
+            self._closed = True
             self.end_turn()
             self.stand_down()
             self._file.close()
-            self._file = None
-            self._fd = -1

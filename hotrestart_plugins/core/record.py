@@ -11,7 +11,8 @@ Each side writes what it knows, as it happens, so that the record outlives the d
 come again, and is not seen by a parent of another pid namespace: it is 0, or what the other calls
 itself.
 
-``outcome`` is 'under way', 'taken over', 'failed' (then a side has a ``reason``) or 'rolled back'.
+``outcome`` is 'under way', 'taken over', 'failed' (then a side has a ``reason``), 'overtaken' or
+'rolled back'.
 Times are seconds since the epoch. A record that cannot be written is no reason to fail: a line in
 the log says so.
 """
@@ -27,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hotrestart_plugins.core.events import RECORD_FAILED, Logger, write
+from hotrestart_plugins.core.events import OVERTAKEN, RECORD_FAILED, Logger, write
 
 KEPT = 8
 """Records that are kept; older ones are removed."""
@@ -63,7 +64,9 @@ class Record:
 
     def _write(self, step: str, outcome: str, facts: dict[str, object]) -> None:
         record = self._read()
-        record["outcome"] = outcome or record["outcome"]
+        # The parent of an overtaken child sees only that it ended.
+        if record["outcome"] != OVERTAKEN.outcome:
+            record["outcome"] = outcome or record["outcome"]
         record[self._side] |= {"pid": os.getpid(), **facts}
         if step:
             record["steps"].append({"time": time.time(), "by": self._side, "step": step})

@@ -5,6 +5,7 @@
     volo_hot_restart_parent.sock   whoever serves answers here; claimed by rename, never unbound
     volo_hot_restart_child.sock    whoever takes over asks from here, one at a time
     lock                           byte 0: who takes over; each later byte: one who stands by
+    tickets                        each byte: a living instance; later starts have later bytes
     new.PID                        a parent socket on its way to its name
 """
 
@@ -22,12 +23,13 @@ from pathlib import Path
 from hotrestart_plugins.core.address import MAX_UNIX_PATH, Address
 from hotrestart_plugins.core.datagram import Endpoint
 from hotrestart_plugins.core.listeners import OwnedPath
-from hotrestart_plugins.core.locks import POLL_INTERVAL, DirectoryLocks
+from hotrestart_plugins.core.locks import POLL_INTERVAL, DirectoryLocks, Ticket
 from hotrestart_plugins.errors import Busy, RendezvousError
 
 PARENT_SOCKET = "volo_hot_restart_parent.sock"  # Volo 0.12.3, HOT_RESTART_PARENT_ADDR
 CHILD_SOCKET = "volo_hot_restart_child.sock"  # Volo 0.12.3, HOT_RESTART_CHILD_ADDR
 LOCK = "lock"
+TICKETS = "tickets"
 _ASIDE = "new."
 _KEPT = ".old"
 
@@ -76,6 +78,13 @@ class RendezvousDirectory:
                 "pass another --hot-restart-dir"
             ) from error
 
+    def take_ticket(self, seconds: float) -> Ticket:
+        """Take the next ticket, which the caller owns; wait `seconds` at most for others.
+
+        Raises Busy, or OSError if the file of the tickets cannot be used.
+        """
+        return Ticket(self.directory / TICKETS, seconds)
+
     # -- names ---------------------------------------------------------------------------------
 
     def connect_to_parent(self, endpoint: Endpoint) -> bool:
@@ -103,11 +112,14 @@ class RendezvousDirectory:
         """Whether somebody answers, or one stands by who was replaced after this instance."""
         return self.parent_answers() or self.locks.newer_stands_by()
 
-    def bind_child(self, seconds: float) -> tuple[Endpoint, OwnedPath]:
+    def bind_child(
+        self, seconds: float, check: Callable[[], None] = lambda: None
+    ) -> tuple[Endpoint, OwnedPath]:
         """The child's endpoint, at its name. Only under the lock; the caller owns the endpoint.
 
         A name left behind by a killed process is cleared. One that a living process holds is a
-        child that knows no lock (Volo): it may finish within `seconds`, else Busy.
+        child that knows no lock (Volo): it may finish within `seconds`, else Busy. `check` is
+        called at each look: what it raises ends the wait.
         """
         deadline = time.monotonic() + seconds
         for left in self.directory.glob(_ASIDE + "*"):
@@ -115,6 +127,7 @@ class RendezvousDirectory:
             if left.suffix == _KEPT or not self._is_held(str(left)):
                 left.unlink(missing_ok=True)
         while self._is_held(self.child_path):
+            check()
             if time.monotonic() >= deadline:
                 raise Busy(
                     f"another instance holds {self.child_path} and was not done within "

@@ -16,13 +16,13 @@ from hotrestart_plugins.core.parent_connection import ParentConnection
 from hotrestart_plugins.core.rendezvous import RendezvousDirectory
 from hotrestart_plugins.core.roles import InstanceState, Role
 from hotrestart_plugins.core.takeover_server import TakeoverServer
-from hotrestart_plugins.errors import NoAnswer, ParentGone
+from hotrestart_plugins.errors import NoAnswer, Overtaken, ParentGone
 
 
 class TakeoverClient:
     """An instance that has its turn, from its start until it serves.
 
-    Owns the turn, and the connection to the parent if there is a parent.
+    Owns its ticket, the turn, and the connection to the parent if there is a parent.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class TakeoverClient:
         turn_timeout: float,
         takeover_timeout: float,
     ) -> None:
-        """Wait for this instance's turn, and connect to whoever serves.
+        """Take a ticket, wait for this instance's turn, and connect to whoever serves.
 
         `turn_timeout`: seconds to wait for the turn. `takeover_timeout`: seconds to wait for each
         answer. `rendezvous` passes into the ownership of this object, unless an error is raised:
-        Busy, NoAnswer, RendezvousError, OSError.
+        Overtaken, Busy, NoAnswer, RendezvousError, OSError.
         """
         self.directory: Path = rendezvous.directory
         self.bind_deadline = 0.0
@@ -52,13 +52,20 @@ class TakeoverClient:
         self._journal = journal
         self._timeout = takeover_timeout
         self._connection: ParentConnection | None = None
-        self._start(turn_timeout)
+        self._ticket = rendezvous.take_ticket(turn_timeout)
+        try:
+            self._start(turn_timeout)
+        except BaseException:
+            self._ticket.close()
+            raise
 
     def _start(self, turn_timeout: float) -> None:
         rendezvous = self._rendezvous
         deadline = time.monotonic() + turn_timeout
-        rendezvous.locks.take_turn(turn_timeout, waiting=self._waiting)
-        endpoint, owned_path = rendezvous.bind_child(max(0.0, deadline - time.monotonic()))
+        rendezvous.locks.take_turn(turn_timeout, waiting=self._waiting, check=self._give_way)
+        endpoint, owned_path = rendezvous.bind_child(
+            max(0.0, deadline - time.monotonic()), check=self._give_way
+        )
         connection = ParentConnection(rendezvous, endpoint, owned_path, self._timeout)
         try:
             found = self._find_parent(connection, time.monotonic() + self._timeout)
@@ -80,6 +87,12 @@ class TakeoverClient:
     def _waiting(self, holder: int) -> None:
         self._journal.emit(events.WAITING_FOR_TURN, pid=holder)
 
+    def _give_way(self) -> None:
+        """Raise Overtaken if a newer instance was started, and still lives."""
+        pid = self._ticket.newest()
+        if pid is not None:
+            raise Overtaken(pid)
+
     def _find_parent(self, connection: ParentConnection, deadline: float) -> bool:
         """Connect to the parent; wait for one that stands by to take its name back."""
         while not connection.connect():
@@ -88,6 +101,7 @@ class TakeoverClient:
                 return False
             if time.monotonic() >= deadline:
                 raise NoAnswer(f"pid {pid} stands by to serve again, but has not in time")
+            self._give_way()
             time.sleep(SLICE / 10)
         return True
 
@@ -95,7 +109,7 @@ class TakeoverClient:
         """Append the parent's listener for each of `wanted` to `found`, or None: bind it fresh.
 
         The caller closes them, also those that were found before an error: WrongDescriptor,
-        WrongPeer, NoAnswer, TakeoverError.
+        WrongPeer, NoAnswer, Overtaken, TakeoverError.
         """
         first = len(found)
         while self._connection is not None and len(found) < first + len(wanted):
@@ -148,9 +162,10 @@ class TakeoverClient:
     def take_over(self) -> TakeoverServer:
         """Claim the parent's name, tell the parent to go, and end the turn.
 
-        The rendezvous passes into the ownership of what is returned, unless an error is raised:
-        NoAnswer if the parent cannot be told, and then it has its name back; TakeoverError if an
-        earlier question failed; OSError if the name cannot be claimed.
+        The rendezvous and the ticket pass into the ownership of what is returned, unless an error
+        is raised: Overtaken if a newer instance was started; NoAnswer if the parent cannot be told,
+        and then it has its name back; TakeoverError if an earlier question failed; OSError if the
+        name cannot be claimed.
         """
         while self._connection is not None:
             self._connection.check()
@@ -158,6 +173,9 @@ class TakeoverClient:
                 break
             self._parent_gone(self._connection)
         connection = self._connection
+        if connection is not None:
+            # Else nobody serves: this instance is ready, and the newer one takes over from it.
+            self._give_way()
 
         def tell() -> None:
             if connection is None:
@@ -174,6 +192,7 @@ class TakeoverClient:
         self._rendezvous.locks.end_turn()
         return TakeoverServer(
             self._rendezvous,
+            self._ticket,
             endpoint,
             owned_path,
             state=self._state,
@@ -193,10 +212,12 @@ class TakeoverClient:
         """Close the connection, and give up the turn; the parent serves on."""
         if self._connection is not None:
             self._connection.close()
+        self._ticket.close()
         self._rendezvous.close()
 
     def disown(self) -> None:
         """In a forked child: close the copies; the names and locks are the other process's."""
         if self._connection is not None:
             self._connection.disown()
+        self._ticket.close()
         self._rendezvous.close()

@@ -11,6 +11,7 @@ from hotrestart_plugins.core import credentials, events
 from hotrestart_plugins.core.datagram import Endpoint, Packet, Sender
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.listeners import ListenerRegistry, OwnedPath
+from hotrestart_plugins.core.locks import Ticket
 from hotrestart_plugins.core.messages import (
     PassFdRequest,
     PassFdResponse,
@@ -64,11 +65,15 @@ class Child:
 
 
 class TakeoverServer:
-    """An instance that serves, or has been replaced. Owns the parent socket and its name."""
+    """An instance that serves, or has been replaced.
+
+    Owns the parent socket and its name, and keeps its ticket to its end.
+    """
 
     def __init__(
         self,
         rendezvous: RendezvousDirectory,
+        ticket: Ticket,
         endpoint: Endpoint,
         owned_path: OwnedPath,
         *,
@@ -76,7 +81,7 @@ class TakeoverServer:
         registry: ListenerRegistry,
         journal: Journal,
     ) -> None:
-        """Take `rendezvous` and `endpoint` into this object's ownership.
+        """Take `rendezvous`, `ticket` and `endpoint` into this object's ownership.
 
         `endpoint` is bound to `owned_path`, the parent's name.
         """
@@ -84,6 +89,7 @@ class TakeoverServer:
         self.child: Child | None = None
         """The process that is taking over from this instance, or has. Owned here."""
         self._rendezvous = rendezvous
+        self._ticket = ticket
         self._endpoint = endpoint
         self._owned_path = owned_path
         self._state = state
@@ -266,4 +272,5 @@ class TakeoverServer:
         """In a forked child: close the copies; the names and locks are the other process's."""
         self._endpoint.close()
         self.forget_child()
+        self._ticket.close()
         self._rendezvous.close()

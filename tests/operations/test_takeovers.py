@@ -142,7 +142,7 @@ def test_a_hundred_in_a_row(processes: Processes, meet: Path) -> None:
         parent = child
     serves(parent, addresses)
     assert len(parent.descriptors()) == first
-    assert sorted(os.listdir(meet)) == ["lock", PARENT_SOCKET]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets", PARENT_SOCKET]
 
 
 def kinds(instance: Instance) -> list[str]:
@@ -312,7 +312,7 @@ def test_the_child_is_killed(processes: Processes, meet: Path, after: int) -> No
     serves(parent, addresses)
     assert set(parent.descriptors().values()) == set(before.values())
     takes_over(processes, meet, addresses, parent)
-    assert sorted(os.listdir(meet)) == ["lock", PARENT_SOCKET]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets", PARENT_SOCKET]
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
@@ -344,7 +344,7 @@ def test_the_child_is_killed_in_ready(
     assert parent.expect("child ended") == ["nothing", "parent"]
     serves(parent, addresses)
     takes_over(processes, meet, addresses, parent)
-    assert sorted(os.listdir(meet)) == ["lock", PARENT_SOCKET]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets", PARENT_SOCKET]
 
 
 def test_what_killed_ones_left(processes: Processes, meet: Path) -> None:
@@ -361,38 +361,169 @@ def test_what_killed_ones_left(processes: Processes, meet: Path) -> None:
     step(child, "first", meet, addresses)
     child.kill()
     parent.kill()
-    assert sorted(os.listdir(meet)) == ["app.sock", "lock", CHILD_SOCKET, PARENT_SOCKET]
+    assert sorted(os.listdir(meet)) == [
+        "app.sock",
+        "lock",
+        "tickets",
+        CHILD_SOCKET,
+        PARENT_SOCKET,
+    ]
     last = processes.instance().serve(meet, addresses)
     serves(last, addresses)
     last.call("exit")
     assert last.wait() == 0
-    assert os.listdir(meet) == ["lock"]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets"]
 
 
 # -- several at once -------------------------------------------------------------------------------
 
 
+def overtaken(child: Instance, by: set[int], parent: Instance, addresses: list[str]) -> None:
+    """What it had begun ended because a newer one was started; it leaves nothing behind."""
+    with pytest.raises(Told, match="Overtaken: Overtaken by pid") as told:
+        child.end()
+    assert int(told.value.text.split()[-1]) in by
+    child.call("exit")
+    assert child.wait() == 0
+    serves(parent, addresses)
+
+
+def took_ticket(meet: Path, number: int) -> None:
+    """So many tickets have been taken in all."""
+    eventually(lambda: (meet / "tickets").read_text() == f"{number}\n", f"ticket {number}")
+
+
+ORDERS = [
+    pytest.param(number, seed, id=f"{number}-{seed}") for number in range(2, 6) for seed in range(3)
+]
+
+
+@pytest.mark.parametrize(("number", "seed"), ORDERS)
+def test_the_newest_serves(processes: Processes, meet: Path, number: int, seed: int) -> None:
+    """Of several that wait while one boots, in whatever order they look: all others exit 0."""
+    addresses = free_addresses(3)
+    parent = processes.instance().serve(meet, addresses)
+    booting = processes.instance()
+    step(booting, "initialize", meet, addresses)
+    waiting = [processes.instance() for _ in range(number)]
+    for place, child in enumerate(waiting):
+        child.begin("initialize", str(meet), 3, {})
+        took_ticket(meet, 3 + place)
+        child.stop()
+    *older, newest = waiting
+    order = random.Random(seed).sample(waiting, number)
+    for child in order:
+        child.resume()
+        if child is not newest:
+            overtaken(child, {newest.pid}, parent, addresses)
+    booting.call("listen", addresses)
+    booting.begin("ready")
+    overtaken(booting, {newest.pid}, parent, addresses)
+    assert newest.end() == "child"
+    assert newest.call("listen", addresses) == sorted(addresses)
+    assert newest.call("parent_pid") == parent.pid
+    newest.call("ready")
+    replaced(parent)
+    serves(newest, addresses)
+    assert all(child.status == 0 for child in older)
+    assert sorted(os.listdir(meet)) == ["lock", "tickets", PARENT_SOCKET]
+
+
+def refused(child: Instance, addresses: list[str], parent: Instance) -> Told | None:
+    """Why an instance that waited for its turn could not take over; None if it could."""
+    try:
+        assert child.end() == "child"
+        assert child.call("listen", addresses) == sorted(addresses)
+        assert child.call("parent_pid") == parent.pid
+        child.call("ready")
+    except Told as told:
+        return told
+    return None
+
+
 @pytest.mark.parametrize("number", [2, 5])
 def test_several_children_at_once(processes: Processes, meet: Path, number: int) -> None:
-    """They take over one after the other: the last one serves, all earlier ones exit 0."""
+    """Each takes over from the one before or is overtaken; the newest serves in the end."""
     addresses = free_addresses(3)
     parent = processes.instance().serve(meet, addresses)
     children = [processes.instance() for _ in range(number)]
+    pids = {child.pid for child in children}
     for child in children:
         child.begin("initialize", str(meet), 3, {})
     waiting = set(children)
     order: list[Instance] = [parent]
     while waiting:
         turn, _, _ = select.select([child._line for child in waiting], [], [], 30)
-        (child,) = (one for one in waiting if one._line in turn)
-        assert child.end() == "child"
-        assert child.call("listen", addresses) == sorted(addresses)
-        assert child.call("parent_pid") == order[-1].pid
-        child.call("ready")
-        replaced(order[-1])
-        order.append(child)
+        child = next(child for child in waiting if child._line in turn)
         waiting.remove(child)
+        told = refused(child, addresses, order[-1])
+        if told is None:
+            replaced(order[-1])
+            order.append(child)
+            continue
+        assert told.kind == "Overtaken"
+        assert int(told.text.split()[-1]) in pids - {child.pid}
+        child.call("exit")
+        assert child.wait() == 0
     serves(order[-1], addresses)
+    assert order[-1].call("ticket") == number + 1
+
+
+def test_a_newer_one_that_ends(processes: Processes, meet: Path) -> None:
+    """An instance whose newer one has failed, was stopped, or was killed goes on."""
+    addresses = free_addresses(3)
+    parent = processes.instance().serve(meet, addresses)
+    child = processes.instance()
+    step(child, "initialize", meet, addresses)
+    with pytest.raises(Told, match="Busy"):
+        step(processes.instance(), "initialize", meet, addresses, takeover_timeout=0.05)
+    killed = processes.instance()
+    killed.begin("initialize", str(meet), 3, {})
+    took_ticket(meet, 4)
+    killed.kill()
+    for name in STEPS[1:]:
+        step(child, name, meet, addresses)
+    replaced(parent)
+    serves(child, addresses)
+
+
+def test_a_newer_one_while_nobody_serves(processes: Processes, meet: Path) -> None:
+    """An instance that is ready when nobody else serves serves, until the newer one takes over.
+
+    Also one whose parent has died meanwhile.
+    """
+    addresses = free_addresses(3)
+    parent = processes.instance().serve(meet, addresses)
+    child, newer = processes.instance(), processes.instance()
+    for name in STEPS[:-1]:
+        step(child, name, meet, addresses)
+    newer.begin("initialize", str(meet), 3, {})
+    took_ticket(meet, 3)
+    with stopped(newer):
+        parent.kill()
+        child.call("ready")
+        serves(child, addresses)
+    assert newer.end() == "child"
+    assert newer.call("listen", addresses) == sorted(addresses)
+    newer.call("ready")
+    replaced(child)
+    serves(newer, addresses)
+
+
+def test_the_turn_has_a_time_of_its_own(processes: Processes, meet: Path) -> None:
+    """`turn_timeout` limits the wait for the turn, `takeover_timeout` that for an answer."""
+    addresses = free_addresses(3)
+    parent = processes.instance().serve(meet, addresses)
+    child, third = processes.instance(), processes.instance()
+    step(child, "initialize", meet, addresses)
+    with pytest.raises(Told, match=r"Busy: pid .* was not done within 0\.1 s"):
+        step(third, "initialize", meet, addresses, turn_timeout=0.1)
+    third.begin("initialize", str(meet), 3, {"takeover_timeout": 0.1, "turn_timeout": 20.0})
+    eventually(lambda: "waiting for this instance's turn" in third.log, "that the third waits")
+    child.call("exit")
+    assert third.end() == "child"
+    with stopped(parent), pytest.raises(Told, match=r"NoAnswer: .* within 0\.1 s"):
+        third.call("listen", addresses)
 
 
 def test_a_third_waits_its_turn(processes: Processes, meet: Path) -> None:
@@ -477,7 +608,7 @@ def test_the_successor_is_stopped_on_purpose(processes: Processes, meet: Path) -
     assert old.expect("child ended")[0] == "leave"
     assert old.wait() == 0
     assert not any(can_connect(address) for address in addresses)
-    assert os.listdir(meet) == ["lock"]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets"]
 
 
 def test_the_successor_was_itself_replaced(processes: Processes, meet: Path) -> None:

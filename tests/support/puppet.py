@@ -73,6 +73,11 @@ class Puppet:
     def role(self) -> str:
         return self.hot.role.value
 
+    def ticket(self) -> int:
+        """Its place in the order of starts."""
+        side = self.hot._client or self.hot._server
+        return side._ticket.number if side is not None else 0
+
     def parent_pid(self) -> int:
         return self.hot.parent_pid
 

@@ -104,7 +104,7 @@ def child(impostor: Plain, meet: Path) -> Iterator[HotRestart]:
     assert hot.initialize(meet, 1) is Role.CHILD
     yield hot
     hot.close()
-    assert sorted(os.listdir(meet)) == ["lock", PARENT_SOCKET]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets", PARENT_SOCKET]
 
 
 @pytest.fixture
@@ -353,7 +353,7 @@ def test_a_parent_with_a_full_queue(impostor: Plain, meet: Path) -> None:
     assert child.role is Role.CHILD
     assert os.stat(meet / PARENT_SOCKET).st_ino == before
     child.close()
-    assert sorted(os.listdir(meet)) == ["lock", PARENT_SOCKET]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets", PARENT_SOCKET]
 
 
 @pytest.mark.parametrize("address", ["unix:/a\0b", "", "nonsense", "/" + "x" * 200, "localhost:1x"])
@@ -408,7 +408,7 @@ def test_the_references_moment(impostor: Plain, meet: Path) -> None:
     assert impostor.receive()[0] == b"\x03"
     child.ready()
     child.close()
-    assert os.listdir(meet) == ["lock"]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets"]
 
 
 STRANGE_PARENT = f"""
@@ -804,7 +804,7 @@ with tempfile.TemporaryDirectory() as meet:
     assert DEFAULT_HOT_RESTART.role is Role.PARENT
     DEFAULT_HOT_RESTART.close()
     sock.close()
-    assert os.listdir(meet) == ["lock"]
+    assert sorted(os.listdir(meet)) == ["lock", "tickets"]
 print("done")
 """
     done = subprocess.run(

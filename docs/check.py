@@ -35,7 +35,7 @@ def options() -> str:
 def statuses() -> str:
     """The table of exit statuses."""
     meaning = {
-        0: "replaced by a later instance, or stopped",
+        0: "replaced or overtaken by a later instance, or stopped",
         2: "a command line that cannot be understood, such as an option that is not there",
         errors.NotReady.status: "the app did not start, or not in time: mend it",
         errors.TakeoverError.status: "could not take over: look at the line it left, start again",

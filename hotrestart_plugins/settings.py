@@ -127,7 +127,8 @@ OPTIONS = (
         "TAKEOVER_TIMEOUT",
         _seconds,
         "a number of seconds greater than 0",
-        "Seconds to wait for this instance's turn, and for each answer of the running one.",
+        "Seconds to wait for each answer of the running instance; added to the ready timeout, for "
+        "another instance that is taking over.",
         "SECONDS",
     ),
     Option(

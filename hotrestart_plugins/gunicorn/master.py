@@ -18,10 +18,12 @@ from typing import Any, NoReturn
 
 from gunicorn.errors import HaltServer
 
+from hotrestart_plugins.core import events
 from hotrestart_plugins.core.hot_restart import HotRestart, Role
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.rendezvous import default_directory
-from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
+from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady, Overtaken
 from hotrestart_plugins.gunicorn import dirty_arbiter, worker_agent
 from hotrestart_plugins.gunicorn.adapters.base import worker_kind
 from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
@@ -99,7 +101,12 @@ class MasterController:
         """Meet the running instance and take its listeners; exits if that cannot be."""
         signal.setitimer(signal.ITIMER_REAL, 0)  # the app is loaded, if it was to be preloaded
         spent = time.monotonic() - self._began if server.cfg.preload_app else 0.0
-        hot = HotRestart(takeover_timeout=self.settings.takeover_timeout, logger=self.log)
+        settings = self.settings
+        hot = HotRestart(
+            takeover_timeout=settings.takeover_timeout,
+            turn_timeout=settings.ready_timeout + settings.takeover_timeout,
+            logger=self.log,
+        )
         self._hot = hot
         # gunicorn would unlink the live path of a Unix socket if it ended now; and it refuses
         # USR2, which would hand on what may not be ours yet.
@@ -168,7 +175,10 @@ class MasterController:
             cfg.set("proc_name", name)
 
     def _fail(self, error: HotRestartError) -> NoReturn:
-        self._complain(in_gunicorns_words(str(error)))
+        if isinstance(error, Overtaken):
+            self._say_overtaken(error)
+        else:
+            self._complain(in_gunicorns_words(str(error)))
         self._close(crashed=True)
         sys.exit(_status_of(error))
 
@@ -184,6 +194,11 @@ class MasterController:
             )
         else:
             self.log.error("Start failed: %s", why)
+
+    def _say_overtaken(self, error: Overtaken) -> None:
+        journal = Journal(self.log)
+        journal.record = self._record
+        journal.emit(events.OVERTAKEN, pid=error.pid)
 
     def _preload_hangs(self, _number: int, _frame: FrameType | None) -> None:
         self.log.error(
@@ -347,7 +362,10 @@ class MasterController:
     def end(self, reason: BaseException | None) -> None:
         """Close, and say what became of the takeover."""
         failed = isinstance(reason, HaltServer) and reason.exit_status != 0
-        if self._hot is not None and self._hot.role in (Role.CHILD, Role.INITIAL):
+        overtaken = reason.__cause__ if reason is not None else None
+        if isinstance(overtaken, Overtaken):
+            self._say_overtaken(overtaken)
+        elif self._hot is not None and self._hot.role in (Role.CHILD, Role.INITIAL):
             if failed:
                 why = str(getattr(reason, "reason", reason))
                 # gunicorn's own reasons are sentences that explain nothing.
@@ -376,7 +394,7 @@ class MasterController:
 
 
 def _status_of(error: Exception) -> int:
-    return EX_CONFIG if isinstance(error, ConfigurationError) else EX_TEMPFAIL
+    return error.status if isinstance(error, (ConfigurationError, Overtaken)) else EX_TEMPFAIL
 
 
 def in_gunicorns_words(text: str) -> str:

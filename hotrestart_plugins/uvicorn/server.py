@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
+from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady, Overtaken
 from hotrestart_plugins.handover.frames import path_of
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
@@ -73,6 +73,8 @@ class Server(DrainingServer):
             return self._takeover.listen()
         except Exception as error:
             self._takeover.failed(error)
+            if isinstance(error, Overtaken):
+                self._takeover.say_overtaken(error)
             raise
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -99,6 +101,8 @@ class Server(DrainingServer):
             for one in sockets:
                 one.close()
             self._end(crashed=True)
+        if isinstance(self._failure, Overtaken):
+            self._takeover.say_overtaken(self._failure)
         if self._failure is not None:
             raise self._failure
 

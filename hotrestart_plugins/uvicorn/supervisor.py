@@ -16,7 +16,7 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess, multiprocess
 
 from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.errors import HotRestartError, NotReady
+from hotrestart_plugins.errors import HotRestartError, NotReady, Overtaken
 from hotrestart_plugins.handover.frames import HandoverTarget
 from hotrestart_plugins.settings import Settings
 from hotrestart_plugins.uvicorn.lifecycle_driver import LifecycleDriver
@@ -48,6 +48,8 @@ class Supervisor(Multiprocess):
             sockets = self._takeover.listen()
         except HotRestartError as error:
             self._takeover.failed(error)
+            if isinstance(error, Overtaken):
+                self._takeover.say_overtaken(error)
             sys.exit(error.status)
         super().__init__(config, sockets)
         self._coordinator = WorkerCoordinator(self, self._takeover, settings)
@@ -64,6 +66,8 @@ class Supervisor(Multiprocess):
             )
         ):
             super().run()
+        if self._coordinator.overtaken is not None:
+            self._takeover.say_overtaken(self._coordinator.overtaken)
         if self._status:
             sys.exit(self._status)
 
@@ -130,6 +134,8 @@ class WorkerCoordinator:
         self.replaced = False
         self.rolled_back = False
         """From a rollback until the supervisor, on its own thread, has taken note of it."""
+        self.overtaken: Overtaken | None = None
+        """Why this instance ends before it has taken over, if that is why."""
         self.stats = DrainStats()
         self._supervisor = supervisor
         self._takeover = takeover
@@ -262,6 +268,7 @@ class WorkerCoordinator:
 
     def _fail(self, error: HotRestartError) -> None:
         self._takeover.failed(error)
+        self.overtaken = error if isinstance(error, Overtaken) else None
         self._status = error.status
         self._supervisor.should_exit.set()
         for process, said in self._received.items():

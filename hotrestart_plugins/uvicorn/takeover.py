@@ -14,11 +14,13 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
 from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core import events
 from hotrestart_plugins.core.address import Address
 from hotrestart_plugins.core.hot_restart import HotRestart, Role
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.rendezvous import default_directory
-from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
+from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError, Overtaken
 from hotrestart_plugins.handover.frames import HandoverTarget
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
@@ -93,7 +95,12 @@ class Takeover:
                 )
                 return None
             directory = default_directory(names[0])
-        self.hot = HotRestart(takeover_timeout=self.settings.takeover_timeout, logger=logger)
+        settings = self.settings
+        self.hot = HotRestart(
+            takeover_timeout=settings.takeover_timeout,
+            turn_timeout=settings.ready_timeout + settings.takeover_timeout,
+            logger=logger,
+        )
         self.directory = directory
         if self.hot.initialize(directory, len(names)) is Role.CHILD:
             self._record = Record(directory, self.hot.takeover_id, os.getpid(), "child", logger)
@@ -160,7 +167,13 @@ class Takeover:
         return self.hot
 
     def failed(self, error: BaseException) -> None:
-        """The last line of an instance that could not take over, or not start."""
+        """The last line of an instance that could not take over, or not start.
+
+        Of one that was overtaken, `say_overtaken` is the last line.
+        """
+        if isinstance(error, Overtaken):
+            self._failed = True
+            return
         if isinstance(error, SystemExit):
             why = _reason(error)
         elif isinstance(error, (HotRestartError, OSError)):
@@ -169,6 +182,12 @@ class Takeover:
             logger.error("The app failed to start", exc_info=error)
             why = f"the app failed to start: {type(error).__name__}: {error}"
         self._say(why)
+
+    def say_overtaken(self, error: Overtaken) -> None:
+        """The last line of an instance that was overtaken, which is no failure."""
+        journal = Journal(logger)
+        journal.record = self._record
+        journal.emit(events.OVERTAKEN, pid=error.pid)
 
     def _say(self, why: str) -> None:
         self._failed = True

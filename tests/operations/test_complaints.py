@@ -11,7 +11,6 @@ import math
 import os
 import re
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from demo_app.deploys import TOOK_OVER, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins.settings import DEFAULTS
 from tests.support import instances
+from tests.support.gate import Gate
 from tests.support.instances import QUICK, STOPPED, demo, kept_alive, successor, up
 from tests.support.processes import open_descriptors
 from tests.support.raw import Connection, ask, request
@@ -33,15 +33,6 @@ EX_CONFIG = 78
 TAKEN_FROM = re.compile(rf"{TOOK_OVER} (\d+)")
 SERVERS = pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread"])
 ASYNC_TOO = pytest.mark.parametrize("server", ["uvicorn", "gunicorn gthread", "gunicorn asgi"])
-
-GATED = """
-import os, socket
-if "GATE" in os.environ:
-    with socket.socket(socket.AF_UNIX) as gate:
-        gate.connect(os.environ["GATE"])
-        gate.recv(1)
-from {module} import app
-"""
 
 
 def serve(server: str, address: str, *more: str) -> list[str]:
@@ -76,36 +67,6 @@ def processes_of(instance: Instance) -> list[int]:
             if instance.owns(pid) and "State:\tZ" not in status.read_text():
                 found.append(pid)
     return found
-
-
-class Gate:
-    """Holds the import of the app in each process that comes to it."""
-
-    def __init__(self, directory: Path, args: list[str]) -> None:
-        app = next(arg for arg in args if arg.endswith(":app"))
-        (directory / "gated.py").write_text(GATED.format(module=app.removesuffix(":app")))
-        self.args = ["gated:app" if arg == app else arg for arg in args]
-        """The command, of the app behind the gate."""
-        path = os.environ.get("PYTHONPATH")
-        self.open = {"PYTHONPATH": os.pathsep.join([str(directory), *([path] if path else [])])}
-        self.closed = {**self.open, "GATE": str(directory / "gate")}
-        """The environments of instances that pass, and that wait."""
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.settimeout(60)
-        self._listener.bind(self.closed["GATE"])
-        self._listener.listen()
-        self._waiting: list[socket.socket] = []
-
-    def wait(self) -> None:
-        """Until one process more is in the import."""
-        self._waiting.append(self._listener.accept()[0])
-
-    def let_one_through(self) -> None:
-        self._waiting.pop().close()
-
-    def close(self) -> None:
-        for one in (self._listener, *self._waiting):
-            one.close()
 
 
 @pytest.fixture

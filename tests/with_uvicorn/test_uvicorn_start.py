@@ -124,7 +124,9 @@ def test_each_step_is_said_as_it_happens(
     second = place.start(args, **QUICK)
     second.wait_for(f"pid {first.pid} is not ready yet: waiting for this instance's turn")
     latch.unlink()
-    second.wait_for(f"{TOOK_OVER} {first.pid}")
+    assert first.wait() == 0, first.log
+    assert f"Overtaken by pid {second.pid}" in first.log
+    second.wait_for(f"{TOOK_OVER} {parent.pid}")
     assert "waiting" not in first.log
 
 

@@ -34,6 +34,7 @@ KEPT = 8
 """Records that are kept; older ones are removed."""
 
 _PREFIX = "handover-"
+_LOCK = "record.lock"
 _LOCK_TIMEOUT = 1.0  # seconds to wait for the other side, which writes for less than a millisecond
 
 
@@ -95,8 +96,13 @@ def _prune(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep the other side from writing at the same time."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Keep the other side from writing at the same time.
+
+    The lock is that of a file, because others lock the directory itself: systemd-tmpfiles spares
+    a directory on which somebody holds a lock.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(directory / _LOCK, flags, 0o600)
     try:
         deadline = time.monotonic() + _LOCK_TIMEOUT
         while True:

@@ -1,0 +1,71 @@
+"""The record of a takeover: both sides write it, whoever else locks what."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hotrestart_plugins.core.record import Record
+
+pytestmark = pytest.mark.usefixtures("no_leak")
+
+STARTED = 1_700_000_000_000_000  # a takeover id
+
+
+def record(directory: Path, side: str = "child") -> Record:
+    return Record(directory, STARTED, 7, side, logging.getLogger("hotrestart"))
+
+
+def content(directory: Path) -> dict[str, Any]:
+    (path,) = directory.glob("handover-*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_a_lock_on_the_directory_does_no_harm(meet: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """systemd-tmpfiles spares a directory on which somebody holds a lock, shared or not."""
+    for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+        fd = os.open(meet, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(fd, kind)
+        record(meet).note("started")
+        os.close(fd)
+    assert not caplog.records
+    assert [step["step"] for step in content(meet)["steps"]] == ["started", "started"]
+
+
+def test_a_lock_that_is_not_freed(meet: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A note is lost then, with one line, and nothing else."""
+    record(meet).note("started")
+    with (meet / "record.lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        record(meet).note("ready")
+    (line,) = caplog.messages
+    assert line.startswith(f"The handover record {record(meet).path} cannot be written: ")
+    assert [step["step"] for step in content(meet)["steps"]] == ["started"]
+
+
+def test_both_sides_at_once(meet: Path) -> None:
+    """No step of either side is lost."""
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(20):
+            record(meet, "parent").note("parent's")
+        os._exit(0)
+    for _ in range(20):
+        record(meet).note("child's")
+    assert os.waitpid(pid, 0) == (pid, 0)
+    steps = [step["step"] for step in content(meet)["steps"]]
+    assert (steps.count("parent's"), steps.count("child's")) == (20, 20)
+
+
+def test_an_overtaken_child(meet: Path) -> None:
+    """Its parent sees only that it ended; the outcome stays."""
+    record(meet).note(outcome="overtaken")
+    record(meet, "parent").note(outcome="failed", reason="it ended")
+    assert content(meet)["outcome"] == "overtaken"

@@ -206,6 +206,11 @@ CHANGE_IGNORED = Event(
 NEW_INSTANCE_LEFT = Event(
     "new_instance_left", "info", "pid {pid} has ended, and leaves nothing to serve again for"
 )
+NEW_INSTANCE_ENDED_LATE = Event(
+    "new_instance_ended_late",
+    "info",
+    "pid {pid} has ended; this instance does not serve again, because the rollback window is over",
+)
 NEW_INSTANCE_CRASHED = Event(
     "new_instance_crashed",
     "error",

@@ -312,7 +312,10 @@ class HotRestart:
         return ChildExitAction.NOTHING if self._server is None else self._server.child_ended()
 
     def stand_down(self) -> None:
-        """The rollback window is over: no longer take the name back."""
+        """The rollback window is over: never take the name back, and never serve again.
+
+        From then on `child_ended` returns `ChildExitAction.LEAVE`, also after a crash.
+        """
         if self._server is not None:
             self._server.stand_down()
 

@@ -96,6 +96,7 @@ class TakeoverServer:
         self._registry = registry
         self._journal = journal
         self._passed_on: frozenset[str] = frozenset()
+        self._stood_down = False
         self._drops = 0
 
     # -- answers -------------------------------------------------------------------------------
@@ -224,6 +225,9 @@ class TakeoverServer:
             rendezvous.locks.stand_down()
             self._journal.emit(events.NEW_INSTANCE_FAILED, pid=pid)
             return ChildExitAction.NOTHING
+        if self._stood_down:
+            self._journal.emit(events.NEW_INSTANCE_ENDED_LATE, pid=pid)
+            return ChildExitAction.LEAVE
         if rendezvous.parent_answers() or not os.path.lexists(rendezvous.parent_path):
             self.stand_down()
             self._journal.emit(events.NEW_INSTANCE_LEFT, pid=pid)
@@ -247,7 +251,12 @@ class TakeoverServer:
         self._endpoint, self._owned_path = endpoint, owned_path
 
     def stand_down(self) -> None:
-        """No longer serve again if the new instance crashes."""
+        """Never serve again, whatever becomes of the new instance.
+
+        An instance that has not been replaced serves on; it only gives up its place in the line
+        of those that stand by.
+        """
+        self._stood_down = self._state.role is Role.REPLACED
         with contextlib.suppress(OSError):
             self._rendezvous.locks.stand_down()
 

@@ -589,6 +589,21 @@ def test_the_successor_crashes(processes: Processes, meet: Path) -> None:
     serves(child, addresses)
 
 
+def test_a_crash_after_the_window(processes: Processes, meet: Path) -> None:
+    """An instance that has stood down never takes the name back; the next start finds nobody."""
+    addresses = free_addresses(1)
+    old, new = stand_by(processes, meet, addresses)
+    old.call("stand_down")
+    new.stop()
+    new.kill()
+    assert old.expect("child ended") == ["leave", "replaced"]
+    assert old.wait() == 0
+    assert "does not serve again" in old.log
+    assert not can_connect(addresses[0])
+    last = processes.instance()
+    assert last.call("initialize", str(meet), 1, {}) == "first parent"
+
+
 def test_the_successor_fails(processes: Processes, meet: Path) -> None:
     """One that ends as a failure (crashed) leaves the same sign as one that was killed."""
     addresses = free_addresses(1)

@@ -125,6 +125,9 @@ class Puppet:
         self.close()
         self.ended = True
 
+    def stand_down(self) -> None:
+        self.hot.stand_down()
+
     def child(self) -> int:
         return self.hot.child.pid if self.hot.child is not None else 0
 

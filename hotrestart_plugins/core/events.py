@@ -155,6 +155,11 @@ DATAGRAM_DROPPED = Event(
 DATAGRAM_DROPPED_AGAIN = Event(
     "datagram_dropped_again", "debug", "Dropped a datagram from pid {pid}: {reason}"
 )
+REQUEST_FAILED = Event(
+    "request_failed",
+    "error",
+    "A datagram from pid {pid} could not be handled; this instance serves on",
+)
 SOCKET_UNREADABLE = Event("socket_unreadable", "error", "The parent socket cannot be read: {error}")
 NEW_INSTANCE_FAILED = Event(
     "new_instance_failed",

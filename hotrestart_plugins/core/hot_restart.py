@@ -307,7 +307,8 @@ class HotRestart:
     def child_ended(self) -> ChildExitAction:
         """Say what the end of the child means; take the name back on `ChildExitAction.RESUME`.
 
-        Call it when `child.fileno()` is readable, or `child.alive` is false.
+        Call it when `child.fileno()` is readable, or `child.alive` is false. Raises OSError or
+        RendezvousError, and changes nothing, while there is no telling: call it again later.
         """
         return ChildExitAction.NOTHING if self._server is None else self._server.child_ended()
 

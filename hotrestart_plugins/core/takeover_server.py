@@ -119,6 +119,8 @@ class TakeoverServer:
                 self._handle(packet)
             except HotRestartError as error:
                 self._drop(packet.sender, str(error))
+            except Exception as error:  # noqa: BLE001 -- whatever it is, this instance serves on
+                self._drop(packet.sender, repr(error), fault=error)
             finally:
                 packet.close()
         return True
@@ -142,9 +144,11 @@ class TakeoverServer:
             raise MessageError("an answer to a question that was not asked")
         self._drops = 0
 
-    def _drop(self, sender: Sender, why: str) -> None:
+    def _drop(self, sender: Sender, why: str, fault: Exception | None = None) -> None:
         self._drops += 1
-        if self._drops <= _LOUD_DROPS:
+        if self._drops <= _LOUD_DROPS and fault is not None:
+            self._journal.emit(events.REQUEST_FAILED, pid=sender.pid, traceback=fault)
+        elif self._drops <= _LOUD_DROPS:
             self._journal.emit(events.DATAGRAM_DROPPED, pid=sender.pid, reason=why)
         else:
             self._journal.emit(events.DATAGRAM_DROPPED_AGAIN, pid=sender.pid, reason=why)
@@ -212,23 +216,28 @@ class TakeoverServer:
         """Say what the end of the child means; take the name back on `ChildExitAction.RESUME`.
 
         A dead parent socket at the name says that the new instance crashed; no socket, that it was
-        stopped on purpose; a live one, that somebody serves.
+        stopped on purpose; a live one, that somebody serves. Raises OSError or RendezvousError, and
+        changes nothing, while there is no telling: call it again.
         """
         if self.child is not None and self.child.alive:
             return ChildExitAction.NOTHING  # another one asks by now: an earlier child has ended
         pid = self.child.pid if self.child is not None else 0
-        self.forget_child()
         rendezvous = self._rendezvous
         if self._state.role is Role.PARENT:
             if not self._owned_path.holds():
                 self._take_back()  # it died between claiming the name and saying so
+            self.forget_child()
             rendezvous.locks.stand_down()
             self._journal.emit(events.NEW_INSTANCE_FAILED, pid=pid)
             return ChildExitAction.NOTHING
         if self._stood_down:
+            self.forget_child()
             self._journal.emit(events.NEW_INSTANCE_ENDED_LATE, pid=pid)
             return ChildExitAction.LEAVE
-        if rendezvous.parent_answers() or not os.path.lexists(rendezvous.parent_path):
+        # While that cannot be known (no descriptor is left to look with), the host calls again.
+        left = not os.path.lexists(rendezvous.parent_path) or rendezvous.parent_answers()
+        self.forget_child()
+        if left:
             self.stand_down()
             self._journal.emit(events.NEW_INSTANCE_LEFT, pid=pid)
             return ChildExitAction.LEAVE

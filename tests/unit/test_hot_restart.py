@@ -6,6 +6,7 @@ import array
 import logging
 import os
 import random
+import resource
 import socket
 import struct
 import subprocess
@@ -18,9 +19,15 @@ import pytest
 
 import hotrestart_plugins
 from hotrestart_plugins import ChildExitAction, HotRestart, Role, TerminatePolicy
-from hotrestart_plugins.core import hot_restart
+from hotrestart_plugins.core import credentials, takeover_server
 from hotrestart_plugins.core.address import Address
-from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, PARENT_SOCKET
+from hotrestart_plugins.core.datagram import Endpoint
+from hotrestart_plugins.core.listeners import ListenerRegistry
+from hotrestart_plugins.core.rendezvous import (
+    CHILD_SOCKET,
+    PARENT_SOCKET,
+    RendezvousDirectory,
+)
 from hotrestart_plugins.errors import (
     AddressError,
     ConfigurationError,
@@ -644,6 +651,43 @@ def test_a_request_from_elsewhere(
     takes_over(parent, asker, listener)
 
 
+BELOW_HANDLE = [
+    (credentials, "check"),
+    (takeover_server, "parse"),
+    (takeover_server, "ProcessWatch"),
+    (RendezvousDirectory, "child_takeover_id"),
+    (ListenerRegistry, "fd"),
+    (Endpoint, "send"),
+]
+
+
+@pytest.mark.parametrize("below", BELOW_HANDLE, ids=lambda below: below[1])
+def test_a_fault_of_ours(
+    parent: HotRestart,
+    asker: Plain,
+    listener: socket.socket,
+    caplog: pytest.LogCaptureFixture,
+    below: tuple[object, str],
+) -> None:
+    """Whatever fails while it answers, the parent serves on, and the next takeover works."""
+
+    def fail(*_args: object, **_more: object) -> None:
+        raise RuntimeError("injected")
+
+    before = open_descriptors()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*below, fail)
+        for _ in range(20):
+            asker.send(request(name_of(listener)))
+            assert parent.handle() is False
+    assert parent.role is Role.PARENT
+    assert len(open_descriptors()) == len(before) + (parent.child is not None)
+    records = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(records) == 5
+    assert all(record.exc_info for record in records)
+    takes_over(parent, asker, listener)
+
+
 def test_complaints_end(
     parent: HotRestart, asker: Plain, caplog: pytest.LogCaptureFixture, listener: socket.socket
 ) -> None:
@@ -655,11 +699,11 @@ def test_complaints_end(
     takes_over(parent, asker, listener)
 
 
-@pytest.fixture(params=[1, 2, hot_restart._BATCH])
+@pytest.fixture(params=[1, 2, takeover_server._BATCH])
 def bound(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many datagrams one handle() reads; a queue need not hold as many as ours by default."""
     number: int = request.param
-    monkeypatch.setattr(hot_restart, "_BATCH", number)
+    monkeypatch.setattr(takeover_server, "_BATCH", number)
     return number
 
 
@@ -721,6 +765,43 @@ def test_the_end_of_the_child_before(
     parent.handle()
     assert parent.role is Role.REPLACED
     assert parent.child_ended() is ChildExitAction.NOTHING
+
+
+def test_a_look_that_fails(
+    parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
+) -> None:
+    """Without a descriptor to look with nothing is decided; the next look decides."""
+    asker.sock.close()
+    os.unlink(meet / CHILD_SOCKET)
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        plain = Plain(meet, CHILD_SOCKET, PARENT_SOCKET)
+        plain.send(request(name_of(listener)))
+        plain.send(b"\x03")
+        theirs.send(b"x")
+        theirs.recv(1)
+        os._exit(0)
+    ours.recv(1)
+    parent.handle()
+    assert parent.role is Role.REPLACED
+    (meet / PARENT_SOCKET).unlink()
+    dead = Endpoint()
+    dead.bind(str(meet / PARENT_SOCKET))  # the new instance's, which has crashed
+    dead.close()
+    ours.send(b"x")
+    os.waitpid(pid, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            parent.child_ended()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert parent.child_ended() is ChildExitAction.RESUME
+    assert parent.child is None
+    for sock in (ours, theirs):
+        sock.close()
 
 
 @pytest.mark.root

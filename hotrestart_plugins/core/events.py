@@ -247,6 +247,12 @@ HANDOVER_TIMED_OUT = Event(
 )
 RECEIVER_FAILED = Event("receiver_failed", "info", "No connections are taken in at {path}: {error}")
 ADOPTION_FAILED = Event("adoption_failed", "warning", "Connections cannot be taken in: {error}")
+DESCRIPTORS_REFUSED = Event(
+    "descriptors_refused",
+    "warning",
+    "Closed {count} descriptors that are no connections of TCP or Unix: {kinds}",
+)
+HANDOVER_FAULT = Event("handover_fault", "error", "Error during the connection handover")
 CHANNEL_DROPPED = Event("channel_dropped", "warning", "Dropped a channel: {error}")
 
 # -- gunicorn --------------------------------------------------------------------------------------

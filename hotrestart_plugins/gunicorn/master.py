@@ -31,7 +31,7 @@ from hotrestart_plugins.gunicorn.lifecycle_driver import LifecycleDriver
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.singletons import Singletons
 from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent, WorkerPipe
-from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.settings import OPTIONS, Settings
 
 EX_TEMPFAIL = 75  # sysexits.h: it could not take over, try again
@@ -351,7 +351,7 @@ class MasterController:
                 self._pipe,
                 self.settings,
                 self._directory,
-                own_target=HandoverTarget(self._directory, self._hot.takeover_id)
+                own_target=HandoverTarget(self._directory, self._hot.takeover_id, Side.NEW)
                 if taking_over
                 else None,
             )

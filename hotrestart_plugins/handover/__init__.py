@@ -1,1 +1,1 @@
-"""Established connections, from a process of one instance to a process of another."""
+"""The handover of established connections from one process to another."""

@@ -1,56 +1,58 @@
-"""What the handover needs to know of a server: its connections, and its event loop."""
+"""What a handover needs from a server: its connections, and its event loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from hotrestart_plugins.handover.frames import ConnectionState
 
+ConnectionT_contra = TypeVar("ConnectionT_contra", contravariant=True)
 
-class ConnectionAdapter(Protocol):
-    """How one server's connections are dealt with."""
 
-    def state(self, connection: Any) -> ConnectionState | None:
-        """What it waits for, if it stands between two messages; None: it must stay."""
+class ConnectionAdapter(Protocol[ConnectionT_contra]):
+    """How a `ConnectionSender` handles the connections of one kind of server."""
 
-    def on_response(self, connection: Any, answered: Callable[[], None]) -> None:
-        """Have `answered` called behind each answer from now on, if nobody else sees to that."""
+    def state(self, connection: ConnectionT_contra) -> ConnectionState | None:
+        """Return the state of a connection that is between two messages; None if it must stay."""
 
-    def suspend(self, connection: Any, state: ConnectionState) -> None:
-        """Read nothing from it, and let it be closed by no timer."""
+    def on_response(self, connection: ConnectionT_contra, answered: Callable[[], None]) -> None:
+        """Arrange that `answered` is called after each answer, unless the server does so itself."""
 
-    def resume(self, connection: Any, state: ConnectionState) -> None:
-        """Read it again, after `suspend`."""
+    def suspend(self, connection: ConnectionT_contra, state: ConnectionState) -> None:
+        """Stop reading the connection, and stop its keep-alive timer."""
 
-    def fileno(self, connection: Any) -> int:
-        """The descriptor of its socket."""
+    def resume(self, connection: ConnectionT_contra, state: ConnectionState) -> None:
+        """Undo `suspend`."""
 
-    def discard(self, connection: Any) -> None:
-        """It is another's: close the copy."""
+    def fileno(self, connection: ConnectionT_contra) -> int:
+        """Return the descriptor of the connection's socket; it stays the server's."""
 
-    def is_closing(self, connection: Any) -> bool:
-        """Whether it was closed while it was held."""
+    def discard(self, connection: ConnectionT_contra) -> None:
+        """Close this process's copy of a connection that the other process has."""
+
+    def is_closing(self, connection: ConnectionT_contra) -> bool:
+        """Return whether the connection was closed while it was suspended."""
 
 
 class Timer(Protocol):
-    """A call to come."""
+    """A call that is scheduled."""
 
     def cancel(self) -> None:
-        """Do not call."""
+        """Do not make the call."""
 
 
 class EventLoop(Protocol):
-    """What is needed of an event loop; asyncio's have it."""
+    """What a handover needs from an event loop. asyncio's loops have it."""
 
-    def add_reader(self, fd: int, callback: Callable[..., object], /, *args: Any) -> object:
-        """Call whenever `fd` is readable."""
+    def add_reader(self, fd: int, callback: Callable[[], object], /) -> object:
+        """Call `callback` whenever `fd` is readable."""
 
     def remove_reader(self, fd: int, /) -> object:
-        """No longer."""
+        """Stop watching `fd`."""
 
-    def call_soon(self, callback: Callable[..., object], /, *args: Any) -> Timer:
-        """Call in the next turn."""
+    def call_soon(self, callback: Callable[[], object], /) -> Timer:
+        """Call `callback` in the next turn of the loop."""
 
-    def call_later(self, delay: float, callback: Callable[..., object], /, *args: Any) -> Timer:
-        """Call after `delay` seconds."""
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
+        """Call `callback` after `delay` seconds."""

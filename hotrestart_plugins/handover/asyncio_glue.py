@@ -1,4 +1,4 @@
-"""The handover in any asyncio server: stop accepting, offer connections, adopt what comes."""
+"""What any asyncio server needs for a handover: stop accepting, offer connections, adopt them."""
 
 from __future__ import annotations
 
@@ -6,36 +6,43 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Generic, TypeVar
 
 from hotrestart_plugins.handover.frames import ConnectionState, ReceivedConnection
 from hotrestart_plugins.handover.sender import ConnectionSender
 
+ConnectionT = TypeVar("ConnectionT")
+ProtocolT = TypeVar("ProtocolT", bound=asyncio.Protocol)
+
+_CONNECT_TIMEOUT = 5.0  # seconds; it takes a few turns of the loop
+
 
 def duplicate_listeners(listeners: Iterable[socket.socket]) -> list[socket.socket]:
-    """Of each one, the caller's; all or none. Raises OSError.
+    """Return a duplicate of each listener, which the caller owns; all or none. Raises OSError.
 
-    They are made while there is room for a descriptor: there may be none when they are needed, to
-    accept on again behind `stop_accepting`.
+    Make them while there is room for a descriptor: there may be none when they are needed, to
+    accept on again after `stop_accepting`.
     """
-    with contextlib.ExitStack() as made:
-        # uvloop's own are no plain sockets.
-        found = [
-            made.enter_context(socket.socket(fileno=os.dup(one.fileno()))) for one in listeners
+    with contextlib.ExitStack() as stack:
+        # uvloop's own sockets are not of the class socket.socket.
+        duplicates = [
+            stack.enter_context(socket.socket(fileno=os.dup(listener.fileno())))
+            for listener in listeners
         ]
-        made.pop_all()
-    for one in found:
-        one.setblocking(False)
-    return found
+        stack.pop_all()
+    for duplicate in duplicates:
+        duplicate.setblocking(False)
+    return duplicates
 
 
 async def stop_accepting(servers: Iterable[asyncio.AbstractServer], fds: Iterable[int]) -> None:
-    """Close the servers, and with them the listeners' descriptors; lose nothing that they accepted.
+    """Close the servers, and with them the listeners' descriptors `fds`; lose no connection.
 
     `Server.close()` loses a connection whose accept is done and whose transport is not yet made
-    (cpython#109564): asyncio stops accepting first, and what is under way finishes. uvloop has the
-    transport by then, and tells the protocol in the next turn: behind this, each one is known.
+    (cpython#109564): asyncio stops accepting first, and what has begun finishes. uvloop has the
+    transport by then, and tells the protocol in the next turn. After this, each connection is
+    known to its protocol.
     """
     loop = asyncio.get_running_loop()
     if isinstance(loop, asyncio.SelectorEventLoop):
@@ -48,10 +55,12 @@ async def stop_accepting(servers: Iterable[asyncio.AbstractServer], fds: Iterabl
     await asyncio.sleep(0)
 
 
-async def offer_all(sender: ConnectionSender, connections: Collection[Any]) -> bool:
-    """Offer each that is open, and wait until the first are sent; False: there is nobody to take.
+async def offer_all(
+    sender: ConnectionSender[ConnectionT], connections: Collection[ConnectionT]
+) -> bool:
+    """Offer each open connection, and wait until the first are sent; False if nobody receives.
 
-    `connections` is looked at as it is meanwhile, too: those that have ended are passed over.
+    `connections` may change meanwhile: those that have ended are passed over.
     """
     if not sender.active:
         return False
@@ -62,14 +71,14 @@ async def offer_all(sender: ConnectionSender, connections: Collection[Any]) -> b
     return True
 
 
-class ConnectionAdopter:
-    """Makes asyncio's connections of the sockets that have come."""
+class ConnectionAdopter(Generic[ProtocolT]):
+    """Makes asyncio connections of the sockets that were received."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        protocol_factory: Callable[[], asyncio.Protocol],
-        on_adopted: Callable[[Any, ConnectionState], None],
+        protocol_factory: Callable[[], ProtocolT],
+        on_adopted: Callable[[ProtocolT, ConnectionState], None],
     ) -> None:
         """`on_adopted` is called with the protocol of each connection, and what it waits for."""
         self._loop = loop
@@ -79,20 +88,19 @@ class ConnectionAdopter:
 
     @property
     def pending(self) -> int:
-        """How many have come, and are no connections yet."""
+        """How many sockets were received that are no connections yet."""
         return len(self._tasks)
 
     async def settled(self) -> None:
-        """Wait until all that have come are connections: a few turns of the loop."""
+        """Wait until all sockets that were received are connections: a few turns of the loop."""
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks, timeout=_CONNECT_TIMEOUT)
 
-    def adopt(self, connections: Sequence[ReceivedConnection]) -> None:
-        """Owns them from here on."""
-        for connection in connections:
-            task = self._loop.create_task(self._connect(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def adopt(self, received: ReceivedConnection) -> None:
+        """Make a connection of the socket, which the adopter owns from here on."""
+        task = self._loop.create_task(self._connect(received))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _connect(self, received: ReceivedConnection) -> None:
         try:

@@ -1,25 +1,27 @@
-"""Established connections, from one process to another: the channel, and its rules.
+"""Messages that carry established connections from one process to another.
 
-A channel of its own, which a Volo peer never sees: a SOCK_SEQPACKET listener of each process of the
-new instance in the meeting directory, ``moved.ID.PID``. A batch is one message: its
-number and a byte for each connection, the descriptors beside it. The answer is its number, or
-nothing::
+The channel is a SOCK_SEQPACKET connection. Each process that receives has a listener of its own in
+the hot-restart directory, which a Volo process never looks for: ``to-new.ID.PID`` in the new
+instance of a takeover, ``to-old.ID.PID`` in the old one. A batch is one message: the version of
+this format, the number of the batch, a byte for the state of each connection, and the descriptors
+in its ancillary data. The answer is the version and the number, or nothing::
 
-    old                                     new
+    sender                                   receiver
     stops reading
-    batch, up to 253 descriptors   -->      checks the message
-                                   <--      its number: 'mine from here on'
-    closes its copies                       reads
+    batch, up to 253 descriptors    -->      checks the message
+                                    <--      its number: 'these are mine now'
+    closes its copies                        reads
 
-Until the number has come the old process holds its copies and may read again: if the channel ends
-first, what was not acknowledged never was the new one's. The new one reads nothing before its
-acknowledgement has gone out. So a connection is never served by both, and never by none.
+Until the number has arrived, the sender keeps its copies and may read them again: if the channel
+ends first, what was not acknowledged never belonged to the receiver. The receiver reads nothing
+before it has sent its acknowledgement. So a connection is never served by both, and never by none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -28,17 +30,19 @@ from typing import NamedTuple
 
 from hotrestart_plugins.core import credentials
 from hotrestart_plugins.core.datagram import close_all
+from hotrestart_plugins.core.platform import poll
 from hotrestart_plugins.errors import MessageError
 
 MAX_DESCRIPTORS = 253
 """Descriptors that fit in one message: SCM_MAX_FD, unix(7)."""
 
-_PREFIX = "moved."
-"""Short: where the parent socket's path fits in 107 bytes, those of the listeners have to, too."""
+VERSION = 1
+"""The version of this format, the first byte of every message. Others are refused."""
 
-_NUMBER = struct.Struct("=I")
+_HEADER = struct.Struct("=BI")  # version, number of the batch
 _FD_SIZE = 4
 _BACKLOG = 64
+_TCP = {socket.IPPROTO_TCP, 262}  # and IPPROTO_MPTCP, linux/in.h
 
 
 class ConnectionState(bytes, enum.Enum):
@@ -53,49 +57,74 @@ class ConnectionState(bytes, enum.Enum):
 _STATES = {state.value[0]: state for state in ConnectionState}
 
 
+class Side(enum.Enum):
+    """One of the two instances of a takeover."""
+
+    OLD = "old"
+    NEW = "new"
+
+
 class HandoverTarget(NamedTuple):
-    """Where connections may go."""
+    """The instance that receives connections."""
 
     directory: Path
-    """The meeting directory."""
+    """The hot-restart directory."""
     takeover_id: int
     """The child's, see `RendezvousDirectory.child_takeover_id`."""
+    side: Side
+    """Which instance of that takeover it is."""
 
 
 class ReceivedConnection(NamedTuple):
-    """One connection that came. Whoever receives it owns the socket."""
+    """One connection that was received. The receiver owns the socket."""
 
     sock: socket.socket
     state: ConnectionState
 
 
+class ReceivedBatch(NamedTuple):
+    """The content of one message."""
+
+    number: int
+    connections: list[ReceivedConnection]
+    refused: list[str]
+    """What each descriptor was that is no connection; those descriptors are closed."""
+
+
 def path_of(target: HandoverTarget, process_pid: int) -> Path:
-    """Where a process of the new instance listens for connections."""
-    return target.directory / f"{_PREFIX}{target.takeover_id:x}.{process_pid}"
+    """Return the path at which a process of the target listens for connections.
+
+    Its name is at most as long as that of the parent socket, so it fits wherever that does.
+    """
+    return target.directory / f"{_prefix(target)}{process_pid}"
+
+
+def _prefix(target: HandoverTarget) -> str:
+    return f"to-{target.side.value}.{target.takeover_id:x}."
 
 
 def receivers(target: HandoverTarget) -> list[Path]:
-    """Where the processes of the new instance listen; none, if this one may not look."""
+    """Return the paths at which the target's processes listen; none, if this one may not look."""
     try:
-        return sorted(target.directory.glob(f"{_PREFIX}{target.takeover_id:x}.*"))
-    except PermissionError:  # up to Python 3.12; later ones find nothing
+        return sorted(target.directory.glob(f"{_prefix(target)}*"))
+    except PermissionError:  # up to Python 3.12; later versions find nothing
         return []
 
 
 def listen(path: Path) -> socket.socket:
-    """A listener for channels; the caller owns it, and the file. Raises OSError.
+    """Return a listener for channels at `path`. The caller owns both. Raises OSError.
 
-    What killed processes of other instances have left in the directory goes.
+    Removes the paths that killed processes of earlier takeovers have left in the directory.
     """
     path.unlink(missing_ok=True)
-    for left in path.parent.glob(f"{_PREFIX}*.*"):
-        if left.stem == path.stem:
-            continue  # of this instance: bound, it may be, and not listening yet
+    for other in path.parent.glob("to-*.*.*"):
+        if _takeover_of(other) == _takeover_of(path):
+            continue  # its process lives, but may be between bind(2) and listen(2)
         with contextlib.suppress(OSError), _socket() as probe:
             try:
-                probe.connect(str(left))
+                probe.connect(str(other))
             except ConnectionRefusedError:
-                left.unlink(missing_ok=True)
+                other.unlink(missing_ok=True)
     sock = _socket()
     try:
         sock.bind(str(path))
@@ -106,8 +135,15 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
+def _takeover_of(path: Path) -> str:
+    return path.name.split(".")[1]
+
+
 def connect(path: Path) -> socket.socket:
-    """A channel to who listens there; the caller owns it. Raises OSError, WrongPeer."""
+    """Return a channel to the process that listens at `path`; the caller owns it.
+
+    Does not wait. Raises OSError, and WrongPeer.
+    """
     sock = _socket()
     try:
         sock.connect(str(path))
@@ -133,65 +169,133 @@ def send(channel: socket.socket, number: int, batch: Sequence[tuple[int, Connect
     """Send a batch of descriptors, which stay the caller's. Raises BlockingIOError, OSError."""
     states = b"".join(state.value for _, state in batch)
     fds = struct.pack(f"={len(batch)}i", *(fd for fd, _ in batch))
-    channel.sendmsg([_NUMBER.pack(number) + states], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+    channel.sendmsg(
+        [_HEADER.pack(VERSION, number) + states], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+    )
 
 
-def receive(channel: socket.socket) -> tuple[int, list[ReceivedConnection]] | None:
-    """A batch, its sockets the caller's; None at the end of the channel.
+def receive(channel: socket.socket) -> ReceivedBatch | None:
+    """Return the next batch, whose sockets are the caller's; None at the end of the channel.
 
-    Raises BlockingIOError, OSError, and MessageError for what cannot be taken as a whole: the
-    descriptors are closed then, and must not be acknowledged.
+    Raises BlockingIOError, OSError, and MessageError for a message that cannot be accepted as a
+    whole. Its descriptors are closed then, and it must not be acknowledged.
     """
     data, ancillary, flags, _ = channel.recvmsg(
-        _NUMBER.size + MAX_DESCRIPTORS,
+        _HEADER.size + MAX_DESCRIPTORS,
         socket.CMSG_SPACE(MAX_DESCRIPTORS * _FD_SIZE),
         socket.MSG_CMSG_CLOEXEC,
     )
-    if not data:
-        return None
     fds: list[int] = []
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.extend(struct.unpack(f"={len(content) // _FD_SIZE}i", content))
-    states = data[_NUMBER.size :]
+    if not data and not fds:
+        return None
+    try:
+        number, states = _parse(data, flags, len(fds))
+    except MessageError:
+        close_all(fds)
+        raise
+    return ReceivedBatch(number, *_connections(fds, states))
+
+
+def _parse(data: bytes, flags: int, descriptors: int) -> tuple[int, list[ConnectionState]]:
+    _check_version(data)
+    states = data[_HEADER.size :]
     # Cut off: this process has no room for more descriptors.
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != len(states):
-        close_all(fds)
-        raise MessageError(f"{len(fds)} of {len(states)} connections came (descriptor limit?)")
-    if len(data) < _NUMBER.size or not _STATES.keys() >= set(states):
-        close_all(fds)
-        raise MessageError(f"{data[:20]!r} is no batch of connections (another version?)")
-    (number,) = _NUMBER.unpack_from(data)
-    return number, _connections(fds, states)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or descriptors != len(states):
+        raise MessageError(f"{descriptors} of {len(states)} connections came (descriptor limit?)")
+    if len(data) < _HEADER.size or not _STATES.keys() >= set(states):
+        raise MessageError(f"{data[:20]!r} is no batch of connections")
+    _, number = _HEADER.unpack_from(data)
+    return int(number), [_STATES[state] for state in states]
 
 
-def _connections(fds: list[int], states: bytes) -> list[ReceivedConnection]:
-    """What each descriptor is, and that it does not block, is seen to by the event loop."""
-    found: list[ReceivedConnection] = []
+def _check_version(data: bytes) -> None:
+    if data and data[0] != VERSION:
+        raise MessageError(
+            f"the other instance speaks version {data[0]} of the handover, this one {VERSION}"
+        )
+
+
+def _connections(
+    fds: list[int], states: list[ConnectionState]
+) -> tuple[list[ReceivedConnection], list[str]]:
+    """Return the connections among the descriptors, and what the others were; those are closed.
+
+    This is the only place that decides what may be handed over, for every server. A connection
+    whose client has reset it meanwhile is in neither list: nobody needs to look into that.
+    """
+    connections: list[ReceivedConnection] = []
+    refused: list[str] = []
     for fd, state in zip(fds, states, strict=True):
         try:
-            found.append(ReceivedConnection(socket.socket(fileno=fd), _STATES[state]))
-        except OSError:  # no socket
+            sock = socket.socket(fileno=fd)
+        except OSError:
             close_all([fd])
-    return found
+            refused.append("no socket")
+            continue
+        if not _is_stream(sock):
+            refused.append(f"{_name(sock.family)} {_name(sock.type)}")
+        elif _is_connected(sock):
+            connections.append(ReceivedConnection(sock, state))
+            continue
+        elif not _was_reset(sock):
+            refused.append(f"{_name(sock.family)} {_name(sock.type)}, not connected")
+        sock.close()
+    return connections, refused
+
+
+def _is_stream(sock: socket.socket) -> bool:
+    if sock.type != socket.SOCK_STREAM:
+        return False
+    if sock.family == socket.AF_UNIX:
+        return True
+    return sock.family in (socket.AF_INET, socket.AF_INET6) and sock.proto in _TCP
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    """Return False also for a listening socket, which has no peer either."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _was_reset(sock: socket.socket) -> bool:
+    """Return whether a socket without a peer had one: only then both directions are shut down."""
+    waiting = poll()
+    waiting.register(sock, select.POLLRDHUP)
+    return any(found & select.POLLRDHUP for _, found in waiting.poll(0))
+
+
+def _name(value: int) -> str:
+    return value.name if isinstance(value, enum.Enum) else str(value)
 
 
 def acknowledge(channel: socket.socket, number: int) -> None:
-    """Say that the batch was taken. Raises OSError if the other side cannot hear it."""
-    channel.send(_NUMBER.pack(number))
+    """Say that the batch was received. Raises OSError if the other side cannot hear it."""
+    channel.send(_HEADER.pack(VERSION, number))
 
 
 def acknowledged(channel: socket.socket) -> int | None:
-    """The number of a batch that was taken; None at the end. Raises BlockingIOError, OSError."""
-    data = channel.recv(_NUMBER.size)
-    if len(data) < _NUMBER.size:
+    """Return the number of a batch that was received; None at the end of the channel.
+
+    Raises BlockingIOError, OSError, and MessageError for anything else.
+    """
+    data = channel.recv(_HEADER.size + 1)
+    if not data:
         return None
-    (number,) = _NUMBER.unpack(data)
+    _check_version(data)
+    if len(data) != _HEADER.size:
+        raise MessageError(f"{data!r} is no acknowledgement")
+    _, number = _HEADER.unpack(data)
     return int(number)
 
 
 def cut(channel: socket.socket) -> list[int]:
-    """End a channel; the numbers that were acknowledged and not yet heard. Closes it.
+    """End a channel; return the acknowledged numbers that were not read yet. Closes it.
 
     From here on the other side's acknowledgement fails, so what is not among them stays here.
     """
@@ -201,8 +305,10 @@ def cut(channel: socket.socket) -> list[int]:
         while True:
             try:
                 number = acknowledged(channel)
-            except ConnectionResetError:
-                continue  # told once, before what is in the queue: it closed with batches unread
+            except (ConnectionResetError, MessageError):
+                # The first is raised once, before what is in the queue, if the other side has
+                # closed the channel with batches unread.
+                continue
             if number is None:
                 break
             numbers.append(number)

@@ -1,113 +1,160 @@
-"""The new side of a handover, under any event loop."""
+"""The receiving side of a handover, under any event loop."""
 
 from __future__ import annotations
 
 import errno
+import functools
+import os
 import socket
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
 
-from hotrestart_plugins.core.events import Logger
+from hotrestart_plugins.core import events
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.errors import HotRestartError, MessageError
 from hotrestart_plugins.handover import frames
 from hotrestart_plugins.handover.adapter import EventLoop, Timer
-from hotrestart_plugins.handover.frames import ReceivedConnection
+from hotrestart_plugins.handover.fence import Fence
+from hotrestart_plugins.handover.frames import HandoverTarget, ReceivedConnection
 
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _ACCEPT_RETRY_DELAY = 1.0  # seconds until a channel is accepted again, when there was no room
 
 
 class ConnectionReceiver:
-    """The new side, in each of its processes: takes in what comes. Owns its listener and path."""
+    """Receives connections in one process. Owns its listener, the path of that, its channels."""
 
     def __init__(
         self,
-        path: Path,
-        adopt: Callable[[Sequence[ReceivedConnection]], None],
+        target: HandoverTarget,
+        adopt: Callable[[ReceivedConnection], None],
         *,
         loop: EventLoop,
-        logger: Logger,
+        journal: Journal,
     ) -> None:
-        """Listens at once. `adopt` is given what comes, and owns it. Raises OSError."""
-        self._path = path
+        """Listen as a process of `target`, which this instance is. Raises OSError.
+
+        `adopt` is called with each connection, and owns it unless it raises.
+        """
+        self._path = frames.path_of(target, os.getpid())
         self._adopt = adopt
         self._loop = loop
-        self._log = logger
-        self._listener = frames.listen(path)
+        self._journal = journal
+        self._fence = Fence(journal)
+        self._listener = frames.listen(self._path)
         self._channels: list[socket.socket] = []
         self._waiting: Timer | None = None  # until it listens again
-        self._listen()
+        try:
+            self._listen()
+        except BaseException:
+            self._listener.close()
+            self._path.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def open(
         cls,
-        path: Path,
-        adopt: Callable[[Sequence[ReceivedConnection]], None],
+        target: HandoverTarget,
+        adopt: Callable[[ReceivedConnection], None],
         *,
         loop: EventLoop,
-        logger: Logger,
+        journal: Journal,
     ) -> ConnectionReceiver | None:
-        """One that listens; None, with a line in the log, where that cannot be.
+        """Return a receiver; None, with a line in the log, if it cannot listen.
 
-        The connections then stay with the old instance, and are closed after their next answer.
+        The connections then stay with the other instance, which closes them after one more answer.
         """
         try:
-            return cls(path, adopt, loop=loop, logger=logger)
+            return cls(target, adopt, loop=loop, journal=journal)
         except OSError as error:
-            logger.info("No connections are taken in at %s: %s", path, error)
+            path = frames.path_of(target, os.getpid())
+            journal.emit(events.RECEIVER_FAILED, path=path, error=error)
             return None
 
     def _listen(self) -> None:
         self._waiting = None
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._loop.add_reader(self._listener.fileno(), self._on_listener_readable)
+
+    def _on_retry(self) -> None:
+        with self._fence:
+            self._listen()
+
+    def _on_listener_readable(self) -> None:
+        with self._fence:
+            self._accept()
 
     def _accept(self) -> None:
         try:
             channel, _ = self._listener.accept()
         except OSError as error:
             if error.errno in _NO_ROOM:  # it stays readable meanwhile
-                self._log.warning("Connections cannot be taken in: %s", error)
+                self._journal.emit(events.ADOPTION_FAILED, error=error)
                 self._loop.remove_reader(self._listener.fileno())
-                self._waiting = self._loop.call_later(_ACCEPT_RETRY_DELAY, self._listen)
+                self._waiting = self._loop.call_later(_ACCEPT_RETRY_DELAY, self._on_retry)
             return
         try:
             frames.check(channel)
+            channel.setblocking(False)
+            self._loop.add_reader(
+                channel.fileno(), functools.partial(self._on_channel_readable, channel)
+            )
         except HotRestartError as error:
-            self._log.warning("Dropped a channel: %s", error)
+            self._journal.emit(events.CHANNEL_DROPPED, error=error)
             channel.close()
-            return
-        channel.setblocking(False)
-        self._channels.append(channel)
-        self._loop.add_reader(channel.fileno(), self._readable, channel)
+        except BaseException:
+            channel.close()
+            raise
+        else:
+            self._channels.append(channel)
 
-    def _readable(self, channel: socket.socket) -> None:
+    def _on_channel_readable(self, channel: socket.socket) -> None:
+        with self._fence:
+            self._receive(channel)
+            return
+        with self._fence:
+            self._drop(channel)
+
+    def _receive(self, channel: socket.socket) -> None:
         try:
-            message = frames.receive(channel)
+            batch = frames.receive(channel)
         except BlockingIOError:
             return
         except (OSError, MessageError) as error:
-            self._log.warning("Connections cannot be taken in: %s", error)
-            message = None
-        if message is None:
+            self._journal.emit(events.ADOPTION_FAILED, error=error)
+            batch = None
+        if batch is None:
             self._drop(channel)
             return
-        number, received = message
+        if batch.refused:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(batch.refused).items())
+            self._journal.emit(events.DESCRIPTORS_REFUSED, count=len(batch.refused), kinds=kinds)
         try:
-            frames.acknowledge(channel, number)
+            frames.acknowledge(channel, batch.number)
         except OSError:
-            for connection in received:
+            for connection in batch.connections:
                 connection.sock.close()
             self._drop(channel)
             return
-        self._adopt(received)
+        for connection in batch.connections:
+            # One that cannot be adopted does not keep the others from it.
+            adopted = False
+            with self._fence:
+                self._adopt(connection)
+                adopted = True
+            if not adopted:
+                connection.sock.close()
 
     def _drop(self, channel: socket.socket) -> None:
-        self._loop.remove_reader(channel.fileno())
+        if channel not in self._channels:
+            return
         self._channels.remove(channel)
-        channel.close()
+        try:
+            self._loop.remove_reader(channel.fileno())
+        finally:
+            channel.close()
 
     def close(self) -> None:
-        """Take in nothing more; remove the path."""
+        """Receive nothing more; remove the path."""
         for channel in list(self._channels):
             self._drop(channel)
         if self._waiting is None:

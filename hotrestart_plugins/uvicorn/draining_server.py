@@ -20,7 +20,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.draining.event_streams import EventStreams
 from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.handover.asyncio_glue import (
@@ -36,7 +36,7 @@ from hotrestart_plugins.handover.asyncio_glue import (
     offer_all,
     stop_accepting,
 )
-from hotrestart_plugins.handover.frames import ConnectionState, HandoverTarget
+from hotrestart_plugins.handover.frames import ConnectionState, HandoverTarget, Side
 from hotrestart_plugins.handover.receiver import ConnectionReceiver
 from hotrestart_plugins.handover.sender import ConnectionSender
 from hotrestart_plugins.lifecycle.probe import Probe
@@ -87,10 +87,10 @@ class DrainingServer(uvicorn.Server):
         """Duplicates of the listeners, for a pause: there may be no room for a descriptor then."""
         self._streams = EventStreams()
         self._tracker: DrainTracker | None = None
-        self._sender: ConnectionSender | None = None
+        self._sender: ConnectionSender[Any] | None = None
         self._announcing: asyncio.TimerHandle | None = None
-        self._receiver: ConnectionReceiver | None = None
-        self._adopter: ConnectionAdopter | None = None
+        self._receivers: dict[Side, ConnectionReceiver] = {}
+        self._adopter: ConnectionAdopter[asyncio.Protocol] | None = None
         self._drain_deadline = 0.0
         self._leaving: weakref.WeakSet[Any] | None = None
         """The connections that were asked to leave; None: none shall."""
@@ -171,7 +171,7 @@ class DrainingServer(uvicorn.Server):
                 UvicornConnectionAdapter(),
                 loop=loop,
                 on_failure=self._on_handover_failure,
-                logger=logger,
+                journal=Journal(logger),
             )
         if self._sender is None or not await offer_all(self._sender, self.server_state.connections):
             self._announce_close()
@@ -245,14 +245,27 @@ class DrainingServer(uvicorn.Server):
             except Exception:  # the others, and the drain itself, do not depend on it
                 logger.exception("A connection cannot be told that it closes")
 
-    def receive_connections(self, path: Path) -> None:
-        """Listen at `path` for the connections of the instance that this one takes over from."""
-        if can_hand_over(self.config):
-            loop = asyncio.get_running_loop()
+    def receive(self, target: HandoverTarget) -> None:
+        """Adopt what the other instance of a takeover hands over, until this server shuts down.
+
+        `target` is this instance: the new one of a takeover, or the old one if the new one gives
+        back. A second call for the same side replaces the receiver of the first. A handover by
+        this server ends with the call, or it would send straight back what it receives.
+        """
+        if not can_hand_over(self.config):
+            return
+        loop = asyncio.get_running_loop()
+        if self._sender is not None:
+            self._sender.close()
+        if target.side in self._receivers:
+            self._receivers.pop(target.side).close()
+        if self._adopter is None:
             self._adopter = ConnectionAdopter(loop, self._protocol, self._on_adopted)
-            self._receiver = ConnectionReceiver.open(
-                path, self._adopter.adopt, loop=loop, logger=logger
-            )
+        receiver = ConnectionReceiver.open(
+            target, self._adopter.adopt, loop=loop, journal=Journal(logger)
+        )
+        if receiver is not None:
+            self._receivers[target.side] = receiver
 
     def _on_adopted(self, connection: Any, state: ConnectionState) -> None:
         if state is ConnectionState.IDLE:
@@ -320,8 +333,8 @@ class DrainingServer(uvicorn.Server):
                 self.drain_timeout if timeout is None else float(timeout),
                 linger=self.config.timeout_keep_alive,
             )
-        if self._receiver is not None:
-            self._receiver.close()
+        for receiver in self._receivers.values():
+            receiver.close()
         if self._sender is not None:
             self._sender.close()
         if self.paused:

@@ -10,7 +10,7 @@ from typing import Protocol
 from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.settings import Settings
 
 logger = logging.getLogger("uvicorn.error")
@@ -147,7 +147,7 @@ class LifecycleDriver:
         child = self._hot.child
         target = None
         if child is not None and not self._settings.no_handover:
-            target = HandoverTarget(self._directory, child.takeover_id)
+            target = HandoverTarget(self._directory, child.takeover_id, Side.NEW)
         given = sorted(child.given) if child is not None else []
         await self._serving.pause(target)
         drain = asyncio.ensure_future(

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import inspect
 import logging
-import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -15,7 +14,6 @@ from typing import Any
 import uvicorn
 
 from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady, Overtaken
-from hotrestart_plugins.handover.frames import path_of
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
 from hotrestart_plugins.uvicorn.draining_server import DrainingServer
@@ -145,7 +143,7 @@ class Server(DrainingServer):
         try:
             target = self._takeover.handover_target
             if target is not None:
-                self.receive_connections(path_of(target, os.getpid()))
+                self.receive(target)
             hot = self._takeover.ready(sockets or [])
         except (HotRestartError, OSError) as error:
             # The listeners are the parent's still: what was accepted meanwhile is answered.

@@ -282,7 +282,9 @@ class WorkerCoordinator:
         self.replaced = True
         self.stats = DrainStats()
         deadline = time.monotonic() + self._settings.drain_timeout  # one clock for all processes
-        where = (str(target.directory), target.takeover_id) if target is not None else (None, 0)
+        where: tuple[str | int, ...] = ()
+        if target is not None:
+            where = (str(target.directory), target.takeover_id, target.side.value)
         for process, said in self._received.items():
             said -= {PAUSED, DRAINED}
             process.send(PAUSE + b" " + json.dumps([deadline, *where]).encode())

@@ -21,7 +21,7 @@ from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.rendezvous import default_directory
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError, Overtaken
-from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
 
@@ -143,7 +143,7 @@ class Takeover:
         """What this instance is to its parent, where it takes connections in; else None."""
         if self.hot is None or not self.is_child or self.settings.no_handover:
             return None
-        return HandoverTarget(self.directory, self.hot.takeover_id)
+        return HandoverTarget(self.directory, self.hot.takeover_id, Side.NEW)
 
     @property
     def parent_pid(self) -> int:

@@ -25,7 +25,7 @@ import uvicorn
 from uvicorn.supervisors import multiprocess
 
 from hotrestart_plugins.errors import NotReady
-from hotrestart_plugins.handover.frames import HandoverTarget, path_of
+from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
 from hotrestart_plugins.uvicorn.draining_server import DrainingServer
@@ -70,7 +70,7 @@ class WorkerServer(DrainingServer):
             self._link.setblocking(False)
             asyncio.get_running_loop().add_reader(self._link.fileno(), self._on_command)
             if self._handover_target is not None:
-                self.receive_connections(path_of(self._handover_target, os.getpid()))
+                self.receive(self._handover_target)
             self._report(READY)
 
     def _report(self, word: bytes) -> None:
@@ -107,8 +107,8 @@ class WorkerServer(DrainingServer):
             if word == RESUME:
                 await self.resume()
                 return
-            deadline, directory, takeover_id = json.loads(rest)
-            await self.pause(HandoverTarget(Path(directory), takeover_id) if directory else None)
+            deadline, *target = json.loads(rest)
+            await self.pause(_target(*target) if target else None)
         except Exception:
             logger.exception("Cannot %s: worker [%d] drains and leaves", word.decode(), os.getpid())
             self.should_exit = True
@@ -119,6 +119,10 @@ class WorkerServer(DrainingServer):
     async def _drain_until(self, deadline: float) -> None:
         await self.drain(max(0.0, deadline - time.monotonic()))
         self._report(DRAINED + b" " + json.dumps(asdict(self.stats)).encode())
+
+
+def _target(directory: str, takeover_id: int, side: str) -> HandoverTarget:
+    return HandoverTarget(Path(directory), takeover_id, Side(side))
 
 
 class WorkerProcess(multiprocess.Process):

@@ -8,15 +8,23 @@ import logging
 import os
 import resource
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.rendezvous import PARENT_SOCKET
 from hotrestart_plugins.errors import MessageError
 from hotrestart_plugins.handover import frames
-from hotrestart_plugins.handover.frames import MAX_DESCRIPTORS, ConnectionState, HandoverTarget
+from hotrestart_plugins.handover.frames import (
+    MAX_DESCRIPTORS,
+    VERSION,
+    ConnectionState,
+    HandoverTarget,
+    Side,
+)
 from hotrestart_plugins.handover.receiver import ConnectionReceiver
 from tests.support.processes import DEADLINE
 
@@ -24,6 +32,7 @@ LOG = logging.getLogger(__name__)
 pytestmark = pytest.mark.usefixtures("no_leak")
 Channel = tuple[socket.socket, socket.socket]
 STRANGER = 65534
+HEAD = struct.pack("=BI", VERSION, 1)
 
 
 @pytest.fixture
@@ -46,7 +55,8 @@ def test_a_batch_arrives_in_its_order(channel: Channel) -> None:
     frames.send(ours, 7, sent)
     found = frames.receive(theirs)
     assert found is not None
-    number, arrivals = found
+    number, arrivals, refused = found
+    assert not refused
     assert (number, [one.state for one in arrivals]) == (7, states)
     for index, (pair, arrival) in enumerate(zip(pairs, arrivals, strict=True)):
         assert not os.get_inheritable(arrival.sock.fileno())
@@ -86,9 +96,11 @@ def test_so_it_does_where_the_other_side_closed_with_batches_unread(channel: Cha
 @pytest.mark.parametrize(
     "data",
     [
-        pytest.param(b"\1\0\0\0x", id="a kind of a later version"),
-        pytest.param(b"\1\0\0\0ii", id="fewer descriptors than it says"),
-        pytest.param(b"\1\0\0\0", id="more descriptors than it says"),
+        pytest.param(HEAD + b"x", id="a state that there is not"),
+        pytest.param(HEAD + b"ii", id="fewer descriptors than it says"),
+        pytest.param(HEAD, id="more descriptors than it says"),
+        pytest.param(b"", id="nothing but descriptors"),
+        pytest.param(b"\2" + HEAD[1:] + b"i", id="another version"),
     ],
 )
 def test_a_message_that_is_not_understood_is_refused_whole(channel: Channel, data: bytes) -> None:
@@ -102,7 +114,7 @@ def test_a_message_that_is_not_understood_is_refused_whole(channel: Channel, dat
 
 def test_a_message_without_a_whole_number_is_refused(channel: Channel) -> None:
     ours, theirs = channel
-    ours.send(b"\1\0")
+    ours.send(HEAD[:2])
     with pytest.raises(MessageError):
         frames.receive(theirs)
 
@@ -111,23 +123,30 @@ def test_a_descriptor_that_is_no_socket_is_closed(channel: Channel) -> None:
     ours, theirs = channel
     with open(os.devnull) as file:
         frames.send(ours, 1, [(file.fileno(), ConnectionState.IDLE)])
-    assert frames.receive(theirs) == (1, [])
+    assert frames.receive(theirs) == (1, [], ["no socket"])
 
 
 def test_its_path_fits_where_that_of_the_parent_socket_does() -> None:
     """With the largest pid, 2^22, and a time of the year 2100."""
-    path = frames.path_of(HandoverTarget(Path("/"), 4102444800_000000), 1 << 22)
-    assert len(path.name) <= len(PARENT_SOCKET)
+    for side in Side:
+        path = frames.path_of(HandoverTarget(Path("/"), 4102444800_000000, side), 1 << 22)
+        assert len(path.name) <= len(PARENT_SOCKET)
 
 
 def test_what_the_killed_have_left_goes(meet: Path) -> None:
-    """A path that nobody listens at, of another instance; a live one stays, and its own."""
-    live, dead, own = (meet / f"moved.{name}" for name in ("1.2", "1.3", "9.8"))
+    """A path of another takeover at which nobody listens; those of either side of this one stay,
+    and one at which somebody listens."""
+    live, dead, ours, theirs = (
+        meet / name for name in ("to-new.1.2", "to-old.1.3", "to-new.9.8", "to-old.9.7")
+    )
     with frames.listen(live) as listening:
         frames.listen(dead).close()
-        own.touch()
-        frames.listen(meet / "moved.9.9").close()
-        assert (live.exists(), dead.exists(), own.exists()) == (True, False, True)
+        ours.touch()
+        theirs.touch()
+        frames.listen(meet / "to-new.9.9").close()
+        assert (live.exists(), dead.exists()) == (True, False)
+        assert ours.exists()
+        assert theirs.exists()
         channel, _ = listening.accept()  # it was asked whether it lives
         with channel:
             assert frames.acknowledged(channel) is None
@@ -135,13 +154,14 @@ def test_what_the_killed_have_left_goes(meet: Path) -> None:
 
 def test_no_room_for_a_channel(meet: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is taken up when there is: the listener, which stays readable, is left alone meanwhile."""
-    asyncio.run(_no_room(meet / "moved.1.1", caplog))
+    asyncio.run(_no_room(HandoverTarget(meet, 1, Side.NEW), caplog))
 
 
-async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def _no_room(target: HandoverTarget, caplog: pytest.LogCaptureFixture) -> None:
     came: list[frames.ReceivedConnection] = []
     loop = asyncio.get_running_loop()
-    receiver = ConnectionReceiver(path, came.extend, loop=loop, logger=LOG)
+    receiver = ConnectionReceiver(target, came.append, loop=loop, journal=Journal(LOG))
+    path = frames.path_of(target, os.getpid())
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.closing(receiver), frames.connect(path) as ours, socket.socket() as sock:
         frames.send(ours, 1, [(sock.fileno(), ConnectionState.IDLE)])
@@ -169,7 +189,7 @@ async def _no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_who_may_not_look_finds_nobody(meet: Path) -> None:
     """A process that has become another user, in a directory below one that is closed to it, as
     the default ones are."""
-    target = HandoverTarget(meet / "address", 9)
+    target = HandoverTarget(meet / "address", 9, Side.NEW)
     target.directory.mkdir(0o700)
     with frames.listen(frames.path_of(target, 8)):
         assert len(frames.receivers(target)) == 1

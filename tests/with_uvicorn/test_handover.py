@@ -18,7 +18,7 @@ import uvicorn
 from demo_app.deploys import DEADLINE, HERE, TOOK_OVER, UP, Deploys, Instance, command, free_port
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins.handover import frames, sender
-from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.uvicorn.draining_server import DrainingServer
 from tests.support.instances import QUICK, STOPPED, WINDOW, demo, takes_over, up
 from tests.support.raw import Connection, ask, request
@@ -364,7 +364,7 @@ def run_here(
         server.lifespan = config.lifespan_class(config)
         await server.startup()
         port = server.servers[0].sockets[0].getsockname()[1]
-        await test(server, port, HandoverTarget(meet, os.getpid()))
+        await test(server, port, HandoverTarget(meet, os.getpid(), Side.NEW))
         server.drain_on_stop = False
         await server.shutdown()
 
@@ -421,7 +421,7 @@ def test_a_drain_waits_for_what_is_arriving(meet: Path, loop: str) -> None:
 
 async def _arriving(server: DrainingServer, _port: int, place: HandoverTarget) -> None:
     path = frames.path_of(place, os.getpid())
-    server.receive_connections(path)
+    server.receive(place)
     await server.pause()
     client, ours = socket.socketpair()
     with client, ours, frames.connect(path) as channel:
@@ -472,7 +472,7 @@ def test_what_comes_to_a_worker_as_it_ends_is_answered(
     new = takes_over(place, up(place, args, **WINDOW), args)
     worker = ask(address).pid  # which is used up by that
     new.wait_for("ends")
-    (path,) = (place.directory / "meet").glob(f"moved.*.{worker}")
+    (path,) = (place.directory / "meet").glob(f"to-new.*.{worker}")
     client, theirs = socket.socketpair()
     with client, theirs, frames.connect(path) as channel:
         client.settimeout(DEADLINE)

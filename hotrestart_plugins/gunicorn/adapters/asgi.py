@@ -14,6 +14,7 @@ from gunicorn.asgi.protocol import ASGIProtocol
 from gunicorn.workers import gasgi
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.draining.event_streams import EventStream, EventStreams
 from hotrestart_plugins.draining.stagger import StaggeredClose
 from hotrestart_plugins.draining.stats import DrainStats
@@ -62,9 +63,9 @@ class AsgiAdapter(AsyncioAdapter):
         self._endings: set[asyncio.Task[None]] = set()
         worker.asgi = self._streams.wrap(worker.asgi)
         self._can_hand_over = not worker.cfg.is_ssl and not uses_proxy_protocol(worker.cfg)
-        self._sender: ConnectionSender | None = None
+        self._sender: ConnectionSender[Any] | None = None
         self._receiver: ConnectionReceiver | None = None
-        self._adopter: ConnectionAdopter | None = None
+        self._adopter: ConnectionAdopter[Any] | None = None
         self._duplicates: list[socket.socket] = []
         self._paused = False
         self._leaving: asyncio.Task[None] | None = None
@@ -118,7 +119,7 @@ class AsgiAdapter(AsyncioAdapter):
         for one in self._worker.sockets:
             one.sock.listen(self._worker.cfg.backlog)
         self._duplicate()
-        if self._agent.receiver_path is not None and self._can_hand_over:
+        if self._agent.own_target is not None and self._can_hand_over:
             loop = self._worker.loop
             self._adopter = ConnectionAdopter(
                 loop,
@@ -126,7 +127,10 @@ class AsgiAdapter(AsyncioAdapter):
                 self._on_adopted,
             )
             self._receiver = ConnectionReceiver.open(
-                self._agent.receiver_path, self._adopter.adopt, loop=loop, logger=self._worker.log
+                self._agent.own_target,
+                self._adopter.adopt,
+                loop=loop,
+                journal=Journal(self._worker.log),
             )
 
     def _duplicate(self) -> None:
@@ -167,7 +171,7 @@ class AsgiAdapter(AsyncioAdapter):
                 AsgiConnectionAdapter(),
                 loop=worker.loop,
                 on_failure=self._close_hook.announce,
-                logger=worker.log,
+                journal=Journal(worker.log),
             )
             if not await offer_all(self._sender, self._connections):
                 self._close_hook.announce()

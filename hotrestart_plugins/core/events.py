@@ -250,7 +250,7 @@ ADOPTION_FAILED = Event("adoption_failed", "warning", "Connections cannot be tak
 DESCRIPTORS_REFUSED = Event(
     "descriptors_refused",
     "warning",
-    "Closed {count} descriptors that are no connections of TCP or Unix: {kinds}",
+    "Closed descriptors that are no connections of TCP or Unix: {kinds}",
 )
 HANDOVER_FAULT = Event("handover_fault", "error", "Error during the connection handover")
 CHANNEL_DROPPED = Event("channel_dropped", "warning", "Dropped a channel: {error}")

@@ -127,7 +127,7 @@ class ConnectionReceiver:
             return
         if batch.refused:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(batch.refused).items())
-            self._journal.emit(events.DESCRIPTORS_REFUSED, count=len(batch.refused), kinds=kinds)
+            self._journal.emit(events.DESCRIPTORS_REFUSED, kinds=kinds)
         try:
             frames.acknowledge(channel, batch.number)
         except OSError:

@@ -1,1 +1,1 @@
-"""How the connections of an instance that drains end, and what became of them."""
+"""How a draining instance ends its connections, and how it counts them."""

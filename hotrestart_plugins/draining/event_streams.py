@@ -1,7 +1,7 @@
-"""Event streams of an ASGI app, which can be brought to their end from outside.
+"""Event streams of an ASGI app, which can be ended while the app still sends.
 
-No server keeps the headers of a response that is under way: whoever is to end one has to stand
-between the app and the server from its first message on.
+No server keeps the headers of an in-flight response. To end one, a wrapper must stand between the
+app and the server from the first message of the response on.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ _EVENT_STREAM = b"text/event-stream"
 
 
 class EventStreams:
-    """Those under way in one process."""
+    """The event streams in flight in one process."""
 
     def __init__(self) -> None:
-        self._open: dict[int, EventStream] = {}  # by the identity of what sends it, or its own
+        self._open: dict[int, EventStream] = {}  # by the id of its sender, else by its own id
 
     @property
     def active(self) -> list[EventStream]:
-        """Begun, and not complete."""
-        return [one for one in self._open.values() if one.active]
+        """The streams that have started and are not complete."""
+        return [stream for stream in self._open.values() if stream.active]
 
     def of(self, sender: object) -> EventStream | None:
-        """The one under way that the server sends with this object, if there is one."""
+        """Return the active stream that the server sends with this object, if any."""
         stream = self._open.get(id(sender))
         return stream if stream is not None and stream.active else None
 
     def wrap(self, app: App) -> App:
-        """The app whose event streams these are; of requests that accept one."""
+        """Return the app wrapped, so that its event streams are known here.
+
+        Only answers to requests that accept an event stream are looked at.
+        """
 
         async def call(scope: dict[str, Any], receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or not _names(b"accept", scope["headers"]):
@@ -52,13 +55,13 @@ class EventStreams:
 
 
 class EventStream:
-    """One answer on its way from the app to the server, if it turns out to be an event stream."""
+    """One response on its way from the app to the server, which may be an event stream."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         """`receive` and `send` are the server's."""
         self.receive = receive
         self.active = False
-        """Whether it is an event stream, and its last part has still to come."""
+        """Whether it is an event stream in progress."""
         self.ended = False
         """Whether the last part was sent by `end`."""
         self._send = send
@@ -66,11 +69,11 @@ class EventStream:
 
     @property
     def sender(self) -> object:
-        """What the server sends it with, if `send` is a method of that; else None."""
+        """The server's object whose method sends the response; None if it is sent otherwise."""
         return getattr(self._send, "__self__", None)
 
     async def send(self, message: Message) -> None:
-        """As the server's, for the app; after `end` it goes nowhere."""
+        """Pass a message of the app to the server; after `end`, drop it."""
         async with self._turn:
             if self.ended:
                 return
@@ -81,9 +84,10 @@ class EventStream:
             await self._send(message)
 
     async def end(self) -> None:
-        """Send the last part in the app's stead, behind what it is sending now.
+        """Complete the response in the app's place, after the message that it is sending now.
 
-        Takes as long as that; for ever, where the client has stopped reading.
+        Waits for that message, without an end if the client has stopped reading: the caller
+        needs a deadline.
         """
         async with self._turn:
             if self.active:
@@ -92,15 +96,15 @@ class EventStream:
                 self.ended = True
 
 
-def _lasts(headers: Iterable[tuple[Any, Any]]) -> bool:
+def _lasts(headers: Iterable[tuple[bytes | str, bytes | str]]) -> bool:
     pairs = [(_bytes(name).lower(), value) for name, value in headers]
     return _names(b"content-type", pairs) and all(name != b"content-length" for name, _ in pairs)
 
 
-def _names(header: bytes, headers: Iterable[tuple[Any, Any]]) -> bool:
+def _names(header: bytes, headers: Iterable[tuple[bytes | str, bytes | str]]) -> bool:
     return any(name == header and _EVENT_STREAM in _bytes(value).lower() for name, value in headers)
 
 
-def _bytes(text: Any) -> bytes:
-    """Some apps send their headers as text, which gunicorn lets pass."""
+def _bytes(text: bytes | str) -> bytes:
+    """Return a header's name or value as bytes: some apps send text, which gunicorn accepts."""
     return text.encode("latin-1") if isinstance(text, str) else bytes(text)

@@ -1,4 +1,4 @@
-"""The account of a drain: what became of the connections that were open when it began."""
+"""Statistics of a drain: what became of the connections that were open when it began."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ _RECORD_KEYS = {
 
 @dataclass
 class DrainStats:
-    """What a drain did, in connections unless it says otherwise."""
+    """What a drain did. Counts are of connections, except where a field says otherwise."""
 
     requests: int = 0
     """Requests answered since it began."""
     finished: int = 0
     """Closed after an answer."""
     handed_over: int = 0
-    """Handed over to the successor."""
+    """Handed over to the other instance."""
     idle: int = 0
     """Closed without a further request, by the client or by the keep-alive timeout."""
     websockets: int = 0
-    """WebSockets closed with 1012."""
+    """WebSockets closed with code 1012."""
     streams: int = 0
-    """Event streams brought to their end."""
+    """Event streams that were ended."""
     aborted_requests: int = 0
-    """Requests under way when the time was over."""
+    """Requests still in flight when the drain timeout was over."""
     aborted_websockets: int = 0
+    """WebSockets still open when the drain timeout was over."""
     aborted_idle: int = 0
+    """Idle connections still open when the drain timeout was over."""
     aborted_tasks: int = 0
-    """Background tasks, likewise."""
+    """Background tasks still running when the drain timeout was over."""
 
     @classmethod
     def by_numbers(cls, before: int, left: int, answers: int, handed_over: int = 0) -> DrainStats:
-        """Where only numbers are known: of connections before and now, and of answers since.
+        """Return the statistics of a server that knows only numbers.
 
-        Each answer closes its connection, so those that ended without one were idle.
+        `before` and `left` are the connections open at the start of the drain and now, `answers`
+        the answers in between. Each answer closes its connection, so a connection that ended
+        without an answer was idle.
         """
         ended = max(0, before - left - handed_over)
         finished = min(answers, ended)
@@ -50,26 +54,26 @@ class DrainStats:
         )
 
     def __add__(self, other: DrainStats) -> DrainStats:
-        """The sum, of several workers."""
+        """Add the statistics of another worker."""
         mine, theirs = asdict(self), asdict(other)
         return DrainStats(**{name: mine[name] + theirs[name] for name in mine})
 
     @property
     def aborted(self) -> int:
-        """Everything that was cut off."""
+        """How many requests, connections and tasks were cut off."""
         return (
             self.aborted_requests + self.aborted_websockets + self.aborted_idle + self.aborted_tasks
         )
 
     def aborted_text(self) -> str:
-        """What was cut off, in words."""
+        """Return a sentence that says what was cut off."""
         return (
             f"cutting off {self.aborted_requests} requests, {self.aborted_websockets} WebSockets, "
             f"{self.aborted_idle} idle connections, {self.aborted_tasks} background tasks"
         )
 
     def as_record(self) -> dict[str, int]:
-        """The counts by the names that they have in the handover record."""
+        """Return the counts under their names in the handover record."""
         return {_RECORD_KEYS.get(name, name): count for name, count in asdict(self).items()}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a new instance asks of its own app before it declares itself ready."""
+"""The probe: a health check that a new instance's own app must pass before it takes over."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _HEAD = 65536  # bytes in which the status line must end
 
 
 class Probe:
-    """``/path``: a GET that must be answered with 2xx or 3xx. ``module:function``: a call.
+    """Checks the app by a request or by a call.
 
-    The function takes nothing, may be async, and fails by raising or by returning False.
+    ``/path`` is requested with GET, and the answer must have a status of 2xx or 3xx.
+    ``module:function`` is called without arguments. It may be async, and fails if it raises or
+    returns False.
     """
 
     def __init__(self, what: str, host: str, seconds: float) -> None:
-        """`host`: what the request names as its host. `seconds`: in which it must be answered.
+        """`what`: see the class. `host`: the request's Host header. `seconds`: the timeout.
 
-        Raises ConfigurationError for what is neither.
+        Raises ConfigurationError if `what` is neither a path nor a function.
         """
         module, _, function = what.partition(":")
         is_call = all(part.isidentifier() for part in (*module.split("."), function))
@@ -39,12 +41,15 @@ class Probe:
 
     @classmethod
     def of(cls, settings: Settings, host: str) -> Probe | None:
-        """The probe that the settings ask for, if any."""
+        """Return the probe that the settings ask for; None if they ask for none."""
         return cls(settings.probe, host, settings.ready_timeout) if settings.probe else None
 
     async def run(self, protocol_factory: Callable[[], asyncio.Protocol]) -> None:
-        """Ask; `protocol_factory` makes the server's side of a connection. Raises NotReady."""
-        import asyncio  # noqa: PLC0415 (plain workers have no use for it, and start without)
+        """Check the app, within the timeout. Raises NotReady if it fails.
+
+        `protocol_factory` makes the server's side of a connection.
+        """
+        import asyncio  # noqa: PLC0415 (workers without a loop do not need it, and start faster)
 
         try:
             await asyncio.wait_for(self._run(protocol_factory), self._seconds)
@@ -62,9 +67,10 @@ class Probe:
             self._judge(await result if inspect.isawaitable(result) else result)
 
     def run_plain(self, ask: Callable[[bytes], int]) -> None:
-        """The same without a loop; `ask` has a request answered and returns the status.
+        """Check the app without an event loop. Raises NotReady if it fails.
 
-        Raises NotReady. Takes what time it takes: who waits for this process keeps the deadline.
+        `ask` has a request answered, and returns the status. There is no timeout here: the process
+        that waits for this one to be ready has a deadline.
         """
         with self._blamed():
             if self.what.startswith("/"):
@@ -106,7 +112,7 @@ class Probe:
         return f"{head}User-Agent: hotrestart-probe\r\nAccept: */*\r\n\r\n".encode()
 
     async def _request(self, protocol_factory: Callable[[], asyncio.Protocol]) -> None:
-        """Over a connection that never was in a listener: that one the parent may answer."""
+        """Send the request over a socket pair: the old instance may answer on the listener."""
         import asyncio  # noqa: PLC0415 (as above)
 
         theirs, ours = socket.socketpair()

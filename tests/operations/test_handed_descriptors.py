@@ -15,8 +15,8 @@ from demo_app.deploys import Deploys, Instance
 from hotrestart_plugins.handover import frames
 from hotrestart_plugins.handover.frames import ConnectionState
 from tests.support.instances import WINDOW, demo, takes_over, up
-from tests.support.raw import Connection, request
 from tests.support.processes import DEADLINE, eventually, open_descriptors
+from tests.support.raw import Connection, request
 
 REFUSED = "Closed descriptors that are no connections of TCP or Unix"
 RESET = struct.pack("ii", 1, 0)  # struct linger: close(2) sends a reset

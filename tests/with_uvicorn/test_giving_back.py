@@ -16,9 +16,9 @@ import pytest
 from demo_app.deploys import Deploys, Instance
 from demo_app.load import LoadProcess, Mix
 from hotrestart_plugins.handover.frames import HandoverTarget, Side
-from tests.integration import driven_server
-from tests.support.raw import Connection, request
+from tests.support import driven_server
 from tests.support.processes import DEADLINE, ROOT, eventually, open_descriptors
+from tests.support.raw import Connection, request
 
 
 class Driven:

@@ -8,18 +8,17 @@ call `hotrestart_plugins.gunicorn.install` in it instead.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import traceback
-
-from gunicorn.config import get_default_config_file
 
 from hotrestart_plugins.gunicorn import install
 
 
 def _users_settings() -> dict[str, object]:
     """What ``./gunicorn.conf.py`` defines; nothing if there is none. Exits as gunicorn does."""
-    path = get_default_config_file()
-    if path is None:
+    path = os.path.abspath("gunicorn.conf.py")
+    if not os.path.exists(path):
         return {}
     try:
         # The name, and its place in sys.modules, are those that gunicorn gives.

@@ -161,6 +161,9 @@ REQUEST_FAILED = Event(
     "A datagram from pid {pid} could not be handled; this instance serves on",
 )
 SOCKET_UNREADABLE = Event("socket_unreadable", "error", "The parent socket cannot be read: {error}")
+TAKEOVER_UNFINISHED = Event(
+    "takeover_unfinished", "", "The takeover was not finished", outcome="failed"
+)
 NEW_INSTANCE_FAILED = Event(
     "new_instance_failed",
     "warning",
@@ -182,6 +185,7 @@ STOPPED_ACCEPTING = Event(
 CLOSE_NOT_ANNOUNCED = Event(
     "close_not_announced", "error", "A connection cannot be told that it closes"
 )
+DRAIN_STARTED = Event("drain_started", "", "Draining")
 DRAIN_ENDED = Event("drain_ended", "", "Drained", step="drained")
 DRAINED = Event("drained", "info", "Drained: {stats}; leaving")
 DRAIN_TIMED_OUT = Event("drain_timed_out", "warning", "The drain timeout is over: {aborted}")
@@ -293,6 +297,11 @@ OWN_SERVERS = Event(
     "stopped at once, and cannot serve again if the new instance dies",
 )
 WORKER_NOT_READY = Event("worker_not_ready", "error", "{error}")
+
+NAMES_MISSING = Event("names_missing", "warning", "{server} has no {names}: {instead}")
+FAULT = Event(
+    "fault", "error", "A fault in hotrestart_plugins ({kind}); this instance goes on serving"
+)
 
 # -- the record ------------------------------------------------------------------------------------
 

@@ -12,30 +12,32 @@ import os
 import signal
 import time
 from types import FrameType
-from typing import Any
+
+from hotrestart_plugins.gunicorn._compat import arbiter
+from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter
 
 _SOONEST = 0.001  # seconds; setitimer(2) takes 0 for 'never'
 SIGNALS = (signal.SIGIO, signal.SIGALRM)
 
 
 class ArbiterEvents:
-    """The arbiter's descriptors to watch, and its deadlines, by name."""
+    """The descriptors that the arbiter watches, and its deadlines, by name. Owns no descriptor."""
 
-    def __init__(self, server: Any) -> None:
-        self._queue = server.SIG_QUEUE  # a SimpleQueue: a signal handler may put into it
+    def __init__(self, server: Arbiter) -> None:
+        self._wake = arbiter.waker(server)
         self._deadlines: dict[str, float] = {}
         for number in SIGNALS:
             signal.signal(number, self._signalled)
 
     def _signalled(self, _number: int, _frame: FrameType | None) -> None:
-        self.now()
+        self._wake()
 
     def now(self) -> None:
         """Wake the arbiter."""
-        self._queue.put_nowait(signal.SIGCHLD)
+        self._wake()
 
     def watch(self, fd: int) -> None:
-        """Wake the arbiter whenever `fd` becomes readable; look once, it may be so already."""
+        """Wake the arbiter whenever `fd` becomes readable, and once now: it may be so already."""
         if fd < 0:
             return
         fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
@@ -44,7 +46,7 @@ class ArbiterEvents:
         self.now()
 
     def set_deadline(self, seconds: float, name: str) -> None:
-        """Set, or set anew, the deadline of that name."""
+        """Set the deadline of that name, or change it. `seconds`: from now."""
         self._deadlines[name] = time.monotonic() + seconds
         self._arm()
 
@@ -54,7 +56,7 @@ class ArbiterEvents:
             self._arm()
 
     def expired(self, name: str) -> bool:
-        """Whether the deadline of that name has passed; it is dropped then."""
+        """Whether the deadline of that name has passed; if so, it is dropped."""
         if self._deadlines.get(name, float("inf")) > time.monotonic():
             return False
         del self._deadlines[name]
@@ -69,15 +71,16 @@ class ArbiterEvents:
         signal.setitimer(signal.ITIMER_REAL, max(_SOONEST, min(ahead) - now) if ahead else 0)
 
     def close(self) -> None:
-        """No more deadlines, and nothing is watched any more."""
+        """Drop every deadline, and watch nothing any more."""
         self._deadlines.clear()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        # Processes that gunicorn forks without a word to us, its dirty arbiter's, share the watched
-        # pipe. They may end later, and at its very end Python would let SIGIO kill this one.
+        # gunicorn forks processes without a call of ours, its dirty arbiter's, which share the
+        # watched pipe. They may end later, and at its very end Python would let SIGIO kill this
+        # process.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
 
 
 def forget_in_worker() -> None:
-    """In a forked worker: the signals are the app's to use."""
+    """In a forked worker: leave the signals to the app."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

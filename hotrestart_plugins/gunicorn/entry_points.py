@@ -11,80 +11,91 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core import events
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.errors import ConfigurationError
 from hotrestart_plugins.gunicorn import worker_agent
-from hotrestart_plugins.gunicorn.master import EX_CONFIG, MasterController, in_gunicorns_words
+from hotrestart_plugins.gunicorn._compat import arbiter, table
+from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter, Config, Worker
+from hotrestart_plugins.gunicorn.failures import EX_CONFIG, in_config_words
+from hotrestart_plugins.gunicorn.master import MasterController
+from hotrestart_plugins.gunicorn.startup import Startup
+from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
 
-_controller: MasterController | None = None
+_this_process: Startup | MasterController | WorkerAgent | None = None
+"""What this process is: a master that starts, one that has listeners, a worker of that one.
+
+None: it takes no part in hot restarts.
+"""
 
 
-def configured(server: Any, settings: Callable[[], Settings], *, first: bool) -> None:
-    """The config has been read; before the app is loaded and the pid file is looked at."""
-    global _controller  # noqa: PLW0603  # one arbiter a process; workers find theirs after the fork
+def configured(server: Arbiter, settings: Callable[[], Settings], *, first: bool) -> None:
+    """The config was read; before the app is loaded and the pid file is looked at."""
+    global _this_process  # noqa: PLW0603  # there is one arbiter in a process
     # A module is not executed again on HUP unless it has to be imported anew.
     sys.modules.pop("hotrestart_plugins.gunicorn_conf", None)
     if first:
-        _controller = _participant(server, settings)
-    elif _controller is not None:
-        _controller.reconfigured(settings)
+        _this_process = _startup(server, settings)
+    elif isinstance(_this_process, MasterController):
+        _this_process.reconfigured(settings)
 
 
-def starting(server: Any) -> None:
+def starting() -> None:
     """Before gunicorn opens its listeners; exits if this instance cannot have them."""
-    if _controller is not None:
-        _controller.start(server)
+    global _this_process  # noqa: PLW0603
+    if isinstance(_this_process, Startup):
+        _this_process = _this_process.start()
 
 
 def forking() -> None:
     """Last before the master forks a worker, which would lose a signal that comes at once."""
-    if _controller is not None:
+    if isinstance(_this_process, MasterController) and not table.lacks(
+        table.Feature.STOP_WHILE_STARTING
+    ):
         worker_agent.hold_stops()
 
 
-def forked(worker: Any) -> None:
+def forked(worker: Worker) -> None:
     """In a new worker, first of all."""
-    if _controller is not None:
-        _controller.forked(worker)
+    global _this_process  # noqa: PLW0603
+    if isinstance(_this_process, MasterController):
+        _this_process = _this_process.forked(worker)
 
 
 def initialised() -> None:
     """In a worker that has loaded the app and is about to enter its loop."""
-    if _controller is not None and _controller.worker is not None:
-        _controller.worker.initialised()
+    if isinstance(_this_process, WorkerAgent):
+        _this_process.initialised()
 
 
-def worker_exiting(worker: Any) -> None:
+def worker_exiting(worker: Worker) -> None:
     """In a worker that ends; gunicorn calls the hook in the master, too, for one that is lost."""
-    if _controller is not None and _controller.worker is not None and worker.pid == os.getpid():
-        _controller.worker.exiting()
+    if isinstance(_this_process, WorkerAgent) and worker.pid == os.getpid():
+        _this_process.exiting()
 
 
-def exiting(server: Any, reason: BaseException | None) -> None:
+def exiting(server: Arbiter, reason: BaseException | None) -> None:
     """The master has stopped its workers and is about to exit, because of `reason`."""
-    if _controller is not None and _controller.server is server:
-        _controller.end(reason)
+    if isinstance(_this_process, MasterController) and _this_process.server is server:
+        _this_process.end(reason)
 
 
-def _participant(server: Any, settings: Callable[[], Settings]) -> MasterController | None:
-    """The instance, or None where gunicorn is to go on as if we were not there."""
+def _startup(server: Arbiter, settings: Callable[[], Settings]) -> Startup | None:
+    """A master that takes part, or None if gunicorn is to go on as if we were not there."""
+    journal = Journal(server.log)
     try:
         chosen = settings()
-        if chosen.disable:
+        if chosen.disable or not _supported(journal):
             return None
         if "GUNICORN_PID" in os.environ:
             if chosen.manual_usr2:
-                server.log.warning(
-                    "Started by USR2 from pid %s: this instance takes part in no hot restart "
-                    "(hotrestart_manual_usr2)",
-                    os.environ["GUNICORN_PID"],
-                )
+                journal.emit(events.STARTED_BY_USR2_ALONE, pid=os.environ["GUNICORN_PID"])
                 return None
-            _be_on_ones_own(server.log)
+            _forget_other_master(journal)
         if server.cfg.reuse_port:
             raise ConfigurationError(
                 "reuse_port and hot restart do not go together, because a worker's own listener "
@@ -92,24 +103,34 @@ def _participant(server: Any, settings: Callable[[], Settings]) -> MasterControl
             )
         if chosen.probe:
             Probe.of(chosen, "")  # a bad one is refused here, not in each worker
-        if chosen.directory is None and _no_place(server.cfg):
-            server.log.warning(
-                "Port 0 names no place to meet: this instance cannot be replaced "
-                "(set hotrestart_dir)"
-            )
+        if chosen.directory is None and _any_port(server.cfg):
+            journal.emit(events.NO_DIRECTORY, option="set hotrestart_dir")
             return None
     except ConfigurationError as error:
-        server.log.error("%s", in_gunicorns_words(str(error)))  # noqa: TRY400  # one line: the user's to mend
+        journal.emit(events.CONFIGURATION_REFUSED, error=in_config_words(error))
         sys.exit(EX_CONFIG)
-    return MasterController(server, chosen)
+    return Startup(server, chosen, journal)
 
 
-def _be_on_ones_own(log: Any) -> None:
+def _supported(journal: Journal) -> bool:
+    """Say what the installed gunicorn lacks; whether hot restart works without it."""
+    lacking = table.check(arbiter.NAMES)
+    for feature, names in lacking.items():
+        journal.emit(
+            events.NAMES_MISSING,
+            server=f"gunicorn {arbiter.VERSION}",
+            names=", ".join(f"{name.owner}.{name.attribute}" for name in names),
+            instead=feature.value,
+        )
+    return table.Feature.HOT_RESTART not in lacking
+
+
+def _forget_other_master(journal: Journal) -> None:
     """After USR2: be an instance like any other, which asks for its listeners.
 
-    What gunicorn has passed on in its own way is closed.
+    The descriptors that gunicorn has passed on in its own way are closed.
     """
-    log.info("Started by USR2 from pid %s", os.environ.pop("GUNICORN_PID"))
+    journal.emit(events.STARTED_BY_USR2, pid=os.environ.pop("GUNICORN_PID"))
     for number in os.environ.pop("GUNICORN_FD", "").split(","):
         with contextlib.suppress(OSError, ValueError):
             passed_on = socket.socket(fileno=int(number))
@@ -119,5 +140,6 @@ def _be_on_ones_own(log: Any) -> None:
                 passed_on.detach()
 
 
-def _no_place(cfg: Any) -> bool:
+def _any_port(cfg: Config) -> bool:
+    """Whether an address leaves the port to the kernel."""
     return any(isinstance(bind, tuple) and not bind[1] for bind in cfg.address)

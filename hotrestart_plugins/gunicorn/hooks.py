@@ -11,10 +11,10 @@ from collections.abc import Callable
 from types import FrameType, FunctionType, ModuleType
 from typing import Any, cast
 
-from gunicorn.config import KNOWN_SETTINGS
-
 from hotrestart_plugins.errors import ConfigurationError
 from hotrestart_plugins.gunicorn import entry_points
+from hotrestart_plugins.gunicorn._compat import arbiter
+from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter, Worker
 from hotrestart_plugins.settings import OPTIONS, Settings
 
 Namespace = dict[str, Any]
@@ -85,18 +85,13 @@ def wrap(namespace: Namespace) -> None:
         users = namespace.get(name)
         users = getattr(users, _WRAPS, users)
         if users is not None:
-            validator = _setting(name).validator
             try:
-                users = validator(users)
+                users = arbiter.hook_validator(name)(users)
             except TypeError:
                 continue  # gunicorn says what is wrong with it, and does not start
         ours = make(users or _nothing, settings)
         setattr(ours, _WRAPS, users)
         namespace[name] = ours
-
-
-def _setting(name: str) -> Any:
-    return next(one for one in KNOWN_SETTINGS if one.name == name)
 
 
 def settings_of(namespace: Namespace) -> Settings:
@@ -123,7 +118,7 @@ def _nothing(*_: object) -> None:
 
 
 def _nworkers_changed(users: Hook, settings: Callable[[], Settings]) -> Hook:
-    def nworkers_changed(server: Any, new_value: Any, old_value: Any) -> None:
+    def nworkers_changed(server: Arbiter, new_value: int, old_value: int | None) -> None:
         users(server, new_value, old_value)
         entry_points.configured(server, settings, first=old_value is None)
 
@@ -131,15 +126,15 @@ def _nworkers_changed(users: Hook, settings: Callable[[], Settings]) -> Hook:
 
 
 def _on_starting(users: Hook, _: object) -> Hook:
-    def on_starting(server: Any) -> None:
+    def on_starting(server: Arbiter) -> None:
         users(server)  # may still change server.cfg
-        entry_points.starting(server)
+        entry_points.starting()
 
     return on_starting
 
 
 def _pre_fork(users: Hook, _: object) -> Hook:
-    def pre_fork(server: Any, worker: Any) -> None:
+    def pre_fork(server: Arbiter, worker: Worker) -> None:
         users(server, worker)
         entry_points.forking()
 
@@ -147,7 +142,7 @@ def _pre_fork(users: Hook, _: object) -> Hook:
 
 
 def _post_fork(users: Hook, _: object) -> Hook:
-    def post_fork(server: Any, worker: Any) -> None:
+    def post_fork(server: Arbiter, worker: Worker) -> None:
         entry_points.forked(worker)
         users(server, worker)
 
@@ -155,7 +150,7 @@ def _post_fork(users: Hook, _: object) -> Hook:
 
 
 def _post_worker_init(users: Hook, _: object) -> Hook:
-    def post_worker_init(worker: Any) -> None:
+    def post_worker_init(worker: Worker) -> None:
         users(worker)  # may still replace signal handlers, which ours then wrap
         entry_points.initialised()
 
@@ -163,7 +158,7 @@ def _post_worker_init(users: Hook, _: object) -> Hook:
 
 
 def _worker_exit(users: Hook, _: object) -> Hook:
-    def worker_exit(server: Any, worker: Any) -> None:
+    def worker_exit(server: Arbiter, worker: Worker) -> None:
         try:
             users(server, worker)
         finally:
@@ -173,7 +168,7 @@ def _worker_exit(users: Hook, _: object) -> Hook:
 
 
 def _on_exit(users: Hook, _: object) -> Hook:
-    def on_exit(server: Any) -> None:
+    def on_exit(server: Arbiter) -> None:
         reason = sys.exc_info()[1]  # halt() runs while it handles the exception that caused it
         try:
             users(server)

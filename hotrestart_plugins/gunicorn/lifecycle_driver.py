@@ -1,276 +1,375 @@
-"""From ready to exit: the master that answers, is replaced, and serves again if that fails.
+"""Drives one master through the lifecycle: feeds it with what happens, and does what it says.
 
-After a takeover comes first the pause: the workers accept nothing, finish what they have, and
-could accept again. Only when the rollback window is over are they stopped.
+The table in `hotrestart_plugins.lifecycle.table` decides. After a takeover the workers pause: they
+accept nothing, finish what they have, and could accept again. They are stopped only when the
+rollback window is over, with what is left of the drain timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import math
 import os
-import signal
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+from hotrestart_plugins.core import events
 from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.record import Record
 from hotrestart_plugins.core.takeover_server import Child
-from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.gunicorn.adapters.base import worker_kind
+from hotrestart_plugins.errors import HotRestartError, NotReady, Overtaken
+from hotrestart_plugins.gunicorn._compat import arbiter
+from hotrestart_plugins.gunicorn._compat.arbiter import HaltServer
+from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter
 from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
+from hotrestart_plugins.gunicorn.failures import EX_SOFTWARE, in_config_words, status_of
+from hotrestart_plugins.gunicorn.fence import Fence
+from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.singletons import Singletons
-from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent, WorkerMessage, WorkerPipe
+from hotrestart_plugins.gunicorn.worker_pool import WorkerPool
+from hotrestart_plugins.lifecycle.table import Action, Event, Lifecycle, State
 from hotrestart_plugins.settings import Settings
 
-_POLL_INTERVAL = 0.25  # seconds between two looks at a child: a pidfd sends no SIGIO
-_CONTROL_DELAY = 1.0  # seconds in which the replaced instance stops its control server
-_NO_WINDOW = 1.0  # seconds that workers have to stop accepting before they are stopped
+_POLL_INTERVAL = 0.25  # seconds between two looks at the new instance: a pidfd sends no SIGIO
+_RETRY_DELAY = 1.0  # seconds after a fault until everything is looked at again
+_CONTROL_DELAY = 1.0  # seconds for the old instance to stop its control server
+_NO_WINDOW = 1.0  # seconds for workers to stop accepting before they are stopped
+_LAST_GRACE = 2  # seconds for workers that hang while they start to end by themselves
 _EXIT_GRACE = 3  # seconds that a worker may take beyond the drain: to notice, and to clean up
 _MOST_BATCHES = 16  # of datagrams in one step, so that a flood cannot starve the arbiter
 
 
-class Phase(enum.Enum):
-    """What this instance does."""
-
-    SERVING = "serving"
-    PAUSED = "paused"  # replaced, within the rollback window
-    LEAVING = "leaving"
-
-
 class LifecycleDriver:
-    """This master from its handover on. Owns nothing that it is given."""
+    """One master, from its start to its end. Owns nothing that it is given."""
 
     def __init__(
         self,
-        *,
-        server: Any,
-        hot: HotRestart,
-        pipe: WorkerPipe,
-        events: ArbiterEvents,
-        singletons: Singletons,
-        directory: Path,
+        server: Arbiter,
         settings: Settings,
+        directory: Path,
+        *,
+        hot: HotRestart,
+        listeners: Listeners,
+        pool: WorkerPool,
+        deadlines: ArbiterEvents,
+        singletons: Singletons,
+        journal: Journal,
+        fence: Fence,
     ) -> None:
-        """`directory`: the meeting directory."""
+        """`directory`: the hot-restart directory."""
         self.settings = settings
-        self._directory = directory
+        self.lifecycle = Lifecycle()
         self._server = server
+        self._directory = directory
         self._hot = hot
-        self._pipe = pipe
-        self._events = events
+        self._listeners = listeners
+        self._pool = pool
+        self._deadlines = deadlines
         self._singletons = singletons
-        self._log = server.log
-        self._phase = Phase.SERVING
-        self._ready: set[int] = set()
-        self._signalled: set[int] = set()
-        self._awaited: set[int] = set()
-        self._paused_at = 0.0
-        self._workers_before = 0
-        self._stats = DrainStats()
-        self._unheard: set[int] = set()
-        self._record: Record | None = None
+        self._journal = journal
+        self._fence = fence
+        self._drain_ends = 0.0
+        self._workers_may_end = False
+        self._actions: Mapping[Action, Callable[[], None]] = {
+            Action.BOOT: self._boot,
+            Action.COMMIT: self._commit,
+            Action.ACCEPT: self._accept,
+            Action.STOP_ACCEPTING: self._stop_accepting,
+            Action.DRAIN: self._drain,
+            Action.ACCEPT_AGAIN: self._accept_again,
+            Action.STAND_DOWN: self._stand_down,
+            Action.FINISH_DRAINING: self._finish_draining,
+            Action.ABORT: pool.count_killed,  # gunicorn has killed them
+            # gunicorn stops the workers and exits by itself when its main loop has ended.
+            Action.EXIT: deadlines.close,
+            Action.EXIT_FAILED: deadlines.close,
+        }
 
-    def begin(self, *, replaces: bool) -> None:
-        """`hot` is ready: answer from now on."""
-        self._events.watch(self._hot.fileno())
+    # -- events --------------------------------------------------------------------------------
+
+    def _perform(self, event: Event) -> None:
+        """Do what the table says. An error in an action is the caller's."""
+        for action in self.lifecycle.handle(event):
+            self._actions[action]()
+
+    def _happened(self, event: Event) -> bool:
+        """Do what the table says, each action behind the fence; return whether none failed."""
+        before = self._fence.faults
+        for action in self.lifecycle.handle(event):
+            with self._fence:
+                self._actions[action]()
+        return self._fence.faults == before
+
+    def stopping(self) -> None:
+        """A signal stops gunicorn, which stops the workers next."""
+        self._happened(Event.STOP_ORDERED)
+
+    def failing(self) -> None:
+        """A worker has failed; gunicorn gives up, and stops the others next."""
+        replaced = self.lifecycle.can_serve_again
+        self._happened(Event.STOP_ORDERED if replaced else Event.FAILED)
+
+    def workers_may_end(self) -> None:
+        """SIGHUP or SIGTTOU ends workers, which may not be ready yet."""
+        self._workers_may_end = True
+
+    def step(self, gone: set[int]) -> None:
+        """Look at everything that may have happened.
+
+        Raises StopIteration when it is time to stop, and HaltServer if the start has failed.
+        `gone`: the pids of workers that gunicorn has just reaped.
+        """
+        before = self._fence.faults
+        self._deadlines.expired("again")
+        with self._fence:
+            self._pool.update()
+        failed = gone - self._pool.ready
+        with self._fence:
+            self._pool.forget_ended()
+        if self.lifecycle.state is State.STARTING:
+            self._boot_step(failed)
+        if self.lifecycle.serves or self.lifecycle.can_serve_again:
+            for look in (
+                self._answer,
+                self._look_at_workers,
+                self._look_at_window,
+                self._look_at_new_instance,
+                self._look_at_control,
+            ):
+                with self._fence:
+                    look()
+        if self._fence.faults == before:
+            self._fence.all_well()
+        else:
+            self._deadlines.set_deadline(_RETRY_DELAY, "again")
+        if self.lifecycle.state in (State.STOOD_DOWN, State.LEAVING):
+            raise StopIteration
+
+    # -- the start -----------------------------------------------------------------------------
+
+    def start(self, seconds: float) -> None:
+        """Wait for this instance's turn, and get the listeners.
+
+        Raises HotRestartError; Overtaken if a newer instance was started meanwhile. `seconds`: for
+        the workers to become ready.
+        """
+        try:
+            self._hot.initialize(self._directory, len(self._listeners.addresses))
+            self._perform(Event.TURN_CAME)
+        except Overtaken:
+            self._perform(Event.NEWER_STARTED)
+            raise
+        except HotRestartError:
+            self._perform(Event.FAILED)
+            raise
+        self._deadlines.set_deadline(seconds, "ready")
+
+    def _boot(self) -> None:
+        hot, journal = self._hot, self._journal
+        if hot.role is Role.CHILD:
+            journal.record = Record(
+                self._directory, hot.takeover_id, os.getpid(), "child", journal.logger
+            )
+        journal.emit(events.STARTED)
+        self._listeners.open(hot)
+        inherited = sorted(hot.inherited)
+        bound = [name for name in hot.listeners if name not in hot.inherited]
+        journal.emit(events.LISTENERS_INHERITED, facts={"inherited": inherited, "bound": bound})
+        for name in inherited:
+            journal.emit(events.LISTENER_INHERITED, address=name, pid=hot.parent_pid)
+
+    def _boot_step(self, failed: set[int]) -> None:
+        """Take over if every worker is ready; raise HaltServer if the start has failed."""
+        before = self._fence.faults
+        with self._fence:
+            self._look_at_start(failed)
+        if self._fence.faults == before:
+            return
+        if self._hot.role is Role.PARENT:  # it has taken over all the same
+            self._happened(Event.COMMITTED)
+        elif self._hot.role is Role.CHILD:
+            with self._fence:
+                self._singletons.restore_pidfile()
+            self._fail(Event.FAILED, "a fault in hotrestart_plugins, see above", EX_SOFTWARE)
+
+    def _look_at_start(self, failed: set[int]) -> None:
+        if failed and self._hot.role is Role.CHILD and not self._workers_may_end:
+            # Where another instance serves, nothing is won by starting failing workers for ever.
+            why = f"a worker (pid {min(failed)}) ended before it was ready, see above"
+            self._fail(Event.FAILED, why, NotReady.status)
+        over = self._deadlines.expired("ready")
+        if self._pool.all_ready:
+            self._deadlines.clear_deadline("ready")
+            self._perform(Event.READY)
+            self._happened(Event.COMMITTED)
+        elif over:
+            self._server.cfg.set("graceful_timeout", _LAST_GRACE)
+            number = self._pool.number
+            why = (
+                f"{number - len(self._pool.ready)} of {number} workers were not ready within "
+                f"{self.settings.ready_timeout:g} s (hotrestart_ready_timeout)"
+            )
+            self._fail(Event.READY_TIMED_OUT, why, NotReady.status)
+
+    def _fail(self, event: Event, why: str, status: int) -> NoReturn:
+        self._perform(event)
+        raise HaltServer(why, status)
+
+    def _commit(self) -> None:
+        replaces = self._hot.role is Role.CHILD
+        self._journal.emit(events.READY)
+        try:
+            self._singletons.write_pidfile()
+            self._hot.ready()
+        except Overtaken as error:
+            self._singletons.restore_pidfile()
+            self._perform(Event.NEWER_STARTED)
+            raise HaltServer(str(error), error.status) from error
+        except (HotRestartError, OSError) as error:
+            self._singletons.restore_pidfile()
+            self._fail(Event.FAILED, in_config_words(error), status_of(error))
+        self._deadlines.set_deadline(_CONTROL_DELAY if replaces else 0.0, "control")
         if replaces:
             self._singletons.announce("Took over")
-            self._events.set_deadline(_CONTROL_DELAY, "control")
-        else:
-            self._singletons.start_control()
-        self._log.info("Hot restart: ready")
 
-    @property
-    def allows_change(self) -> bool:
-        """Whether the config may be read again, and workers be started."""
-        return self._phase is Phase.SERVING
+    def _accept(self) -> None:
+        self._deadlines.watch(self._hot.fileno())
+        self._singletons.restore()
+        arbiter.may_unlink_paths(self._server)
+        self._journal.emit(events.TAKEN_OVER)
+        self._journal.emit(events.HOT_RESTART_READY)
 
-    @property
-    def being_replaced(self) -> bool:
-        """Whether a child has been given listeners."""
-        return self._hot.child is not None
-
-    def step(self, reports: list[WorkerMessage], ready: set[int]) -> None:
-        """Look at everything. Raises StopIteration when it is time to leave, as gunicorn does."""
-        self._ready = ready
-        self._answer()
-        if self._phase is Phase.SERVING and self._hot.role is Role.REPLACED:
-            self._pause()
-        if self._phase is Phase.PAUSED:
-            self._hold_still()
-        self._count(reports)
-        if self._events.expired("control") and self._phase is Phase.SERVING:
-            self._singletons.start_control()
-        if self._events.expired("window"):
-            self._leave()
-        self._watch_child()
+    # -- the new instance ----------------------------------------------------------------------
 
     def _answer(self) -> None:
         for _ in range(_MOST_BATCHES):
             if not self._hot.handle():
-                return
-        self._events.now()
+                break
+        else:
+            self._deadlines.now()
+        told_to_go = self._hot.role is Role.REPLACED and self._hot.child is not None
+        if told_to_go and self.lifecycle.serves:
+            self._make_way()
 
-    # -- the child -----------------------------------------------------------------------------
+    def _make_way(self) -> None:
+        if not self._happened(Event.REPLACED):
+            # It must not go on accepting beside the new instance.
+            self._journal.emit(events.REPLACEMENT_FAILED)
+            self._happened(Event.STOP_ORDERED)
+        elif not self._pool.can_pause:
+            self._happened(Event.WINDOW_ENDED)
 
-    def _watch_child(self) -> None:
+    def _look_at_new_instance(self) -> None:
         child = self._hot.child
         if child is None:
             return
-        if self._server.reexec_pid == 0:
-            # Its listeners are another's too: gunicorn must not unlink their paths any more.
-            self._server.reexec_pid = -1
+        # It has the listeners, too: gunicorn must not unlink their paths.
+        arbiter.keep_paths(self._server)
+        # Set first: whatever fails here is tried again.
+        self._deadlines.set_deadline(_POLL_INTERVAL, "child")
         if child.alive:
-            self._events.set_deadline(_POLL_INTERVAL, "child")
             return
-        self._events.clear_deadline("child")
-        after = self._hot.child_ended()
-        if after is ChildExitAction.NOTHING:
-            self._record_with(child).note(
-                outcome="failed", reason="the child ended before it had taken over"
-            )
-        elif after is ChildExitAction.LEAVE:
-            self._leave()
-        elif after is ChildExitAction.RESUME:
-            self._resume()
-        if self._server.reexec_pid == -1:
-            self._server.reexec_pid = 0
-        self._events.watch(self._hot.fileno())
+        self._deadlines.clear_deadline("child")
+        means = self._hot.child_ended()
+        if means is ChildExitAction.NOTHING:
+            self._journal.record = self._record_with(child)
+            why = "the child ended before it had taken over"
+            self._journal.emit(events.TAKEOVER_UNFINISHED, facts={"reason": why})
+        elif means is ChildExitAction.LEAVE:
+            self._happened(Event.NEW_INSTANCE_LEFT)
+            return
+        else:
+            self._happened(Event.NEW_INSTANCE_CRASHED)
+        arbiter.may_unlink_paths(self._server)
+        self._deadlines.watch(self._hot.fileno())
 
     def _record_with(self, child: Child) -> Record:
-        return Record(self._directory, child.takeover_id, child.pid, "parent", self._log)
+        return Record(self._directory, child.takeover_id, child.pid, "parent", self._journal.logger)
+
+    def _look_at_control(self) -> None:
+        if self._deadlines.expired("control") and self.lifecycle.serves:
+            self._singletons.start_control()
 
     # -- replaced ------------------------------------------------------------------------------
 
-    def _pause(self) -> None:
-        self._phase = Phase.PAUSED
-        self._paused_at = time.monotonic()
-        self._workers_before = self._server.num_workers
+    def _stop_accepting(self) -> None:
         child = self._hot.child
-        self._stats = DrainStats()
-        self._record = None
         takeover_id = 0
-        if child is not None:
-            self._record = self._record_with(child)
-            self._record.note(given=sorted(child.given))
-            if not self.settings.no_handover:
-                takeover_id = child.takeover_id
-        self._pipe.set_command(paused=True, takeover_id=takeover_id)
-        self._awaited = set(self._ready)
-        self._signal(self._ready)
-        self._events.clear_deadline("control")
-        self._singletons.stop_control()
-        if not self._known:
-            self._leave()
-        self._events.set_deadline(self.settings.rollback_window or _NO_WINDOW, "window")
+        if child is not None and not self.settings.no_handover:
+            takeover_id = child.takeover_id
+        self._pool.pause(takeover_id)
 
-    @property
-    def _known(self) -> bool:
-        """Whether the workers can pause, and report."""
-        return bool(worker_kind(self._server.worker_class))
+    def _drain(self) -> None:
+        child = self._hot.child
+        self._drain_ends = time.monotonic() + self.settings.drain_timeout
+        self._deadlines.set_deadline(self.settings.rollback_window or _NO_WINDOW, "window")
+        self._deadlines.clear_deadline("control")
+        self._journal.record = None if child is None else self._record_with(child)
+        given = [] if child is None else sorted(child.given)
+        self._journal.emit(events.DRAIN_STARTED, facts={"given": given})
+        with self._fence:
+            self._singletons.stop_control()
 
-    def _hold_still(self) -> None:
-        """Start no worker in the place of one that ends: the code on disk is the new one."""
-        # The attribute, not the property: the user's nworkers_changed has no part in this.
-        self._server._num_workers = len(self._server.WORKERS)  # noqa: SLF001
-        # Those that were still starting when the others were signalled.
-        self._signal(self._ready - self._signalled)
-
-    def _signal(self, pids: set[int]) -> None:
-        """Have workers look at the pipe's command; only those that are ready can bear it.
-
-        Of a class that is not known they never can, and would die of it.
-        """
-        if not self._known:
+    def _look_at_workers(self) -> None:
+        if self.lifecycle.can_serve_again:
+            self._pool.start_no_more()
+        if not self._pool.followed():
             return
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR2)
-        self._signalled |= pids
-
-    def _count(self, reports: list[WorkerMessage]) -> None:
-        for one in reports:
-            self._stats += one.stats
-        if not self._awaited:
+        if self.lifecycle.serves:
+            self._journal.emit(
+                events.ACCEPTING_AGAIN, facts={"tally": self._pool.stats.as_record()}
+            )
             return
-        wanted = WorkerEvent.PAUSED if self._phase is Phase.PAUSED else WorkerEvent.RESUMED
-        self._awaited -= {one.pid for one in reports if one.what is wanted}
-        gone = self._awaited - self._server.WORKERS.keys()
-        if gone and wanted is WorkerEvent.RESUMED:
-            self._keep_count()  # they were leaving when they were called back
-        self._awaited -= gone
-        if self._awaited:
-            return
-        if wanted is WorkerEvent.RESUMED:
-            self._note("accepting again", outcome="rolled back", tally=self._stats.as_record())
-            self._log.info("Accepting again")
-            return
-        self._note("stopped accepting")
-        self._log.info("Stopped accepting; draining")
+        self._journal.emit(events.STOPPED_ACCEPTING)
+        self._happened(Event.STOPPED_ACCEPTING)
         if not self.settings.rollback_window:
-            self._leave()
+            self._happened(Event.WINDOW_ENDED)
 
-    def _note(self, step: str, **facts: Any) -> None:
-        if self._record is not None:
-            self._record.note(step, **facts)
+    def _look_at_window(self) -> None:
+        if self._deadlines.expired("window"):
+            self._happened(Event.WINDOW_ENDED)
 
-    def _resume(self) -> None:
+    def _accept_again(self) -> None:
         """The new instance has crashed: the workers that there are serve again."""
-        self._phase = Phase.SERVING
-        self._events.clear_deadline("window")
-        self._pipe.set_command(paused=False)
-        self._awaited, self._signalled = set(self._ready), set()
-        self._signal(self._ready)
-        self._signalled.clear()
-        self._keep_count()
-        with contextlib.suppress(OSError):
-            self._singletons.write_pidfile()
-        self._singletons.start_control()
+        self._deadlines.clear_deadline("window")
+        self._pool.resume()
+        for claim in (self._singletons.write_pidfile, self._singletons.start_control):
+            with self._fence, contextlib.suppress(OSError):
+                claim()
         self._singletons.announce("Serves again")
 
-    def _keep_count(self) -> None:
-        """As many workers as are left: one started now would run the code that has just failed."""
-        left = len(self._server.WORKERS)
-        if 0 < left < self._workers_before:
-            self._log.warning(
-                "%d of %d workers are left; more would run the code that is on disk now. "
-                "Send SIGHUP when it is good again",
-                left,
-                self._workers_before,
-            )
-        self._server._num_workers = left or self._workers_before  # noqa: SLF001
+    def _stand_down(self) -> None:
+        """Give up the place in the line, and the copies of the listeners.
 
-    def _leave(self) -> None:
-        """Stop as gunicorn stops on SIGTERM, with the time that is left for the drain."""
-        self.stopping()
+        Whoever connects when the new instance has crashed is refused at once, instead of waiting
+        for an instance that never accepts.
+        """
         self._hot.stand_down()
-        self._events.close()
-        raise StopIteration
+        for name in self._hot.listeners:
+            self._hot.drop(name)
 
-    def stopping(self) -> None:
-        """The workers are about to be stopped."""
-        if self._phase is not Phase.PAUSED:
-            return
-        self._phase = Phase.LEAVING
-        # The workers keep the time themselves; who is still there later is killed.
-        left = self._paused_at + self.settings.drain_timeout - time.monotonic()
-        self._server.cfg.set("graceful_timeout", max(1, math.ceil(left)) + _EXIT_GRACE)
-        self._unheard = set(self._server.WORKERS) if self._known else set()
+    def _finish_draining(self) -> None:
+        """Let gunicorn stop the workers, which have the rest of the drain timeout.
 
-    def ended(self, reports: list[WorkerMessage]) -> None:
-        """The workers have ended; their last reports."""
-        if self._phase is not Phase.LEAVING:
+        The workers keep to it themselves; gunicorn kills those that are still there later.
+        """
+        left = max(1, math.ceil(self._drain_ends - time.monotonic()))
+        self._server.cfg.set("graceful_timeout", left + _EXIT_GRACE)
+        self._pool.expect_ends()
+        self._deadlines.close()
+
+    def ended(self) -> None:
+        """All workers have ended."""
+        if self.lifecycle.state is not State.STOOD_DOWN:
             return
-        for one in reports:
-            self._stats += one.stats
-            if one.what is WorkerEvent.ENDS:
-                self._unheard.discard(one.pid)
-        # A killed worker was in the midst of a request, of one at least.
-        self._stats.aborted_requests += len(self._unheard)
-        if self._stats.aborted:
-            self._log.warning("The drain timeout is over: %s", self._stats.aborted_text())
-        self._log.info("Drained: %s; leaving", self._stats)
-        self._note("drained", tally=self._stats.as_record())
+        with self._fence:
+            self._pool.update()
+        self._happened(Event.DRAIN_TIMED_OUT if self._pool.killed else Event.DRAINED)
+        stats = self._pool.stats
+        if stats.aborted:
+            self._journal.emit(events.DRAIN_TIMED_OUT, aborted=stats.aborted_text())
+        self._journal.emit(events.DRAINED, stats=stats)
+        self._journal.emit(events.DRAIN_ENDED, facts={"tally": stats.as_record()})

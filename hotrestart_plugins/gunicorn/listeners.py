@@ -1,4 +1,4 @@
-"""gunicorn's listeners: what it is told to bind, inherited or bound fresh, in its own classes."""
+"""gunicorn's listeners: what the config tells it to bind, inherited or bound fresh."""
 
 from __future__ import annotations
 
@@ -7,161 +7,164 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-from gunicorn import sock as gunicorn_sock
-from gunicorn import systemd, util
 
 from hotrestart_plugins.core import address as addresses
+from hotrestart_plugins.core import events
 from hotrestart_plugins.core.address import Address
 from hotrestart_plugins.core.hot_restart import HotRestart
+from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.errors import AddressError, ConfigurationError, HotRestartError
+from hotrestart_plugins.gunicorn._compat import arbiter
+from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter, Bind, Config, Listener
+from hotrestart_plugins.gunicorn._compat.table import Feature, lacks
 
 
 class Listeners:
-    """The listeners of one instance, from the config to `Arbiter.LISTENERS`."""
+    """The listeners of one instance, from the config to the arbiter."""
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Arbiter, journal: Journal) -> None:
         """Read the config; opens nothing. Raises ConfigurationError.
 
         Takes systemd's descriptors out of the environment, as gunicorn would.
         """
         self._server = server
-        self._cfg, self._log = server.cfg, server.log
-        given = [bind for bind in self._cfg.address if isinstance(bind, int)]
-        count = systemd.listen_fds()
-        if count:
-            # gunicorn then leaves the paths of Unix sockets to systemd.
-            server.systemd = True
-            self._systemd = range(systemd.SD_LISTEN_FDS_START, systemd.SD_LISTEN_FDS_START + count)
-        else:
-            self._systemd = range(0)
-        self._given = bool(given or count)
+        self._journal = journal
+        self._cfg = server.cfg
+        self._given = [bind for bind in self._cfg.address if isinstance(bind, int)]
+        self._given += arbiter.systemd_descriptors(server)
         if self._given:
-            self.addresses = [_bound(fd) for fd in (*given, *self._systemd)]
+            self.addresses = [_bound(fd) for fd in self._given]
         else:
             self.addresses = [address_of(bind) for bind in self._cfg.address]
         if not self.addresses:
             raise ConfigurationError("there is no address to listen on: pass --bind")
 
-    def open(self, hot: HotRestart) -> list[Any]:
-        """Sockets of gunicorn's classes, all or none, the caller's own. Raises what `listen` does.
+    def open(self, hot: HotRestart) -> None:
+        """Give the arbiter its sockets, all or none; it owns them. Raises what `listen` does.
 
-        Where descriptors are given, by ``fd://`` or systemd, gunicorn binds nothing else.
+        If descriptors are given, by ``fd://`` or systemd, gunicorn binds nothing else.
         """
         check_tls(self._cfg)
         if self._given:
-            return self._adopt(hot)
-        return self._listen(hot, list(zip(self._cfg.address, self.addresses, strict=True)))
+            made = [self._adopt(hot, fd) for fd in self._given]
+        else:
+            made = self._listen(hot, list(zip(self._cfg.address, self.addresses, strict=True)))
+        arbiter.set_listeners(self._server, made)
 
-    def _adopt(self, hot: HotRestart) -> list[Any]:
-        made: list[Any] = gunicorn_sock.create_sockets(self._cfg, self._log, self._systemd)
-        for one in made:
-            hot.adopt(one.sock)
-        return made
+    def _adopt(self, hot: HotRestart, fd: int) -> Listener:
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(fileno=fd))
+            hot.adopt(sock)
+            undo.pop_all()
+        return arbiter.make_listener(self._server, _family(sock), sock.getsockname(), sock)
 
-    def changed(self, hot: HotRestart) -> None:
-        """After HUP: bind what is new, drop what is gone, and touch nothing else.
+    def reconfigured(self, hot: HotRestart) -> None:
+        """After SIGHUP: bind what is new, drop what is gone, and touch nothing else.
 
-        gunicorn, which follows, would bind all of it anew, and end because it is still in use.
-        What cannot be bound is said, and nothing changes then.
+        gunicorn, which goes on from here, would bind everything again, and end because it is
+        still in use. If an address cannot be bound, the log says so and nothing changes.
         """
         server = self._server
         before, self._cfg = self._cfg, server.cfg
         if self._cfg.address == before.address:
             return
         try:
-            if self._given or any(isinstance(bind, int) for bind in self._cfg.address):
-                raise ConfigurationError("descriptors that were passed in cannot be changed by HUP")
+            self._check_change()
             wanted = [address_of(bind) for bind in self._cfg.address]
-            had = dict(zip((one.name for one in self.addresses), server.LISTENERS, strict=True))
+            names = (address.name for address in self.addresses)
+            had = dict(zip(names, arbiter.listeners(server), strict=True))
             new = [
-                (bind, one)
-                for bind, one in zip(self._cfg.address, wanted, strict=True)
-                if one.name not in had
+                (bind, address)
+                for bind, address in zip(self._cfg.address, wanted, strict=True)
+                if address.name not in had
             ]
             made = self._listen(hot, new)
-        except HotRestartError as error:
-            self._log.error("%s; the addresses stay as they were", error)
+        except Exception as error:  # noqa: BLE001  # gunicorn must not go on with the new addresses
+            self._journal.emit(
+                events.ADDRESSES_UNCHANGED,
+                error=error,
+                traceback=None if isinstance(error, HotRestartError) else error,
+            )
             self._cfg.set("bind", before.settings["bind"].get())
             return
-        bound = {one.name: sock for (_, one), sock in zip(new, made, strict=True)}
-        for name in had.keys() - {one.name for one in wanted}:
+        bound = {address.name: sock for (_, address), sock in zip(new, made, strict=True)}
+        for name in had.keys() - {address.name for address in wanted}:
             hot.drop(name)
         self.addresses = wanted
-        # gunicorn closes the listeners that there were, and asks for those that are to be.
-        now = [bound.get(one.name) or had.pop(one.name) for one in wanted]
-        server.LISTENERS = list(had.values())
-        original = gunicorn_sock.create_sockets
+        now = [bound.get(address.name) or had.pop(address.name) for address in wanted]
+        arbiter.replace_listeners(server, list(had.values()), now)
 
-        def create_sockets(*_: Any) -> list[Any]:
-            gunicorn_sock.create_sockets = original
-            return now
+    def _check_change(self) -> None:
+        if lacks(Feature.CHANGE_ADDRESSES):
+            raise ConfigurationError("this gunicorn cannot be given other listeners by HUP")
+        if self._given or any(isinstance(bind, int) for bind in self._cfg.address):
+            raise ConfigurationError("descriptors that were passed in cannot be changed by HUP")
 
-        gunicorn_sock.create_sockets = create_sockets
-
-    def _listen(self, hot: HotRestart, wanted: Sequence[tuple[Any, Address]]) -> list[Any]:
+    def _listen(self, hot: HotRestart, wanted: Sequence[tuple[Bind, Address]]) -> list[Listener]:
         with _umask(self._cfg.umask):
-            found = hot.listen(
-                [one for _, one in wanted],
+            sockets = hot.listen(
+                [address for _, address in wanted],
                 backlog=self._cfg.backlog,
                 mode=0o777 & ~self._cfg.umask,
             )
-        made: list[Any] = []
-        for (bind, address), sock in zip(wanted, found, strict=True):
+        made: list[Listener] = []
+        for (bind, address), sock in zip(wanted, sockets, strict=True):
             if address.path is not None and address.name not in hot.inherited:
-                util.chown(address.path, self._cfg.uid, self._cfg.gid)
-            kind = _class_of(address.family)
-            # It duplicates the descriptor that it is given, and closes that one.
-            made.append(kind(bind, self._cfg, self._log, fd=sock.detach()))
+                os.chown(address.path, self._cfg.uid, self._cfg.gid)
+            made.append(arbiter.make_listener(self._server, address.family, bind, sock))
         return made
 
 
-def address_of(bind: tuple[str, int] | str) -> Address:
+def address_of(bind: Bind) -> Address:
     """What gunicorn would bind for one entry of `cfg.address`: one socket. Raises AddressError."""
+    if isinstance(bind, int):
+        return _bound(bind)
     if isinstance(bind, str):
         if bind.startswith("\0"):
             return addresses.unix("@" + bind[1:])
         # unix:@name is a file of that name to gunicorn.
         return addresses.unix(f"./{bind}" if bind.startswith("@") else bind)
     host, port = bind
-    family = socket.AF_INET6 if util.is_ipv6(host) else socket.AF_INET
+    family = socket.AF_INET6 if _is_ipv6(host) else socket.AF_INET
     if not host:
         host = "0.0.0.0"  # noqa: S104  # what bind(2) makes of gunicorn's ''
-    of_family = [one for one in addresses.resolve(host, port) if one.family == family]
+    of_family = [address for address in addresses.resolve(host, port) if address.family == family]
     if not of_family:
         raise AddressError(f"{host!r} has no IPv4 address: gunicorn binds a name to one only")
     return of_family[0]
 
 
+def _is_ipv6(host: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, host)
+    except OSError:
+        return False
+    return True
+
+
 def _bound(fd: int) -> Address:
     try:
-        with socket.socket(fileno=os.dup(fd)) as probe:
-            return addresses.of_socket(probe)
+        with socket.socket(fileno=os.dup(fd)) as duplicate:
+            return addresses.of_socket(duplicate)
     except OSError as error:
         raise AddressError(f"descriptor {fd} is no socket: {error.strerror}") from None
 
 
-def _class_of(family: socket.AddressFamily) -> Any:
-    return {
-        socket.AF_INET: gunicorn_sock.TCPSocket,
-        socket.AF_INET6: gunicorn_sock.TCP6Socket,
-        socket.AF_UNIX: gunicorn_sock.UnixSocket,
-    }[family]
+def _family(sock: socket.socket) -> socket.AddressFamily:
+    return socket.AddressFamily(sock.family)
 
 
-def check_tls(cfg: Any) -> None:
+def check_tls(cfg: Config) -> None:
     """Raise ConfigurationError if the certificate cannot be used.
 
     gunicorn checks it only where it binds; the asgi worker then serves plain HTTP on the TLS port.
     """
-    for name in ("certfile", "keyfile"):
-        path = getattr(cfg, name)
+    for name, path in (("certfile", cfg.certfile), ("keyfile", cfg.keyfile)):
         if path and not os.path.exists(path):
             raise ConfigurationError(f'{name} "{path}" does not exist')
     if cfg.is_ssl:
         try:
-            gunicorn_sock.ssl_context(cfg)
+            arbiter.load_certificate(cfg)
         except (OSError, ssl.SSLError, ValueError) as error:
             raise ConfigurationError(
                 f"certfile {cfg.certfile} with keyfile {cfg.keyfile} cannot be used: {error}"

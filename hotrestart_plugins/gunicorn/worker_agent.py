@@ -26,7 +26,7 @@ from hotrestart_plugins.gunicorn.adapters.base import (
 )
 from hotrestart_plugins.gunicorn.arbiter_events import forget_in_worker
 from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent, WorkerPipe
-from hotrestart_plugins.handover.frames import HandoverTarget, Side, path_of
+from hotrestart_plugins.handover.frames import HandoverTarget, path_of
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
 
@@ -186,16 +186,18 @@ class WorkerAgent:
         return max(0, math.floor(self._drain_ends - time.monotonic()))
 
     @property
-    def own_target(self) -> HandoverTarget | None:
-        """This instance, if its workers receive connections from the old one's; else None."""
-        return self._own_target if self._can_hand_over else None
+    def receiver_path(self) -> Path | None:
+        """Where this worker is to take in the connections of the old instance's; None: nowhere."""
+        if self._own_target is None or not self._can_hand_over:
+            return None
+        return path_of(self._own_target, os.getpid())
 
     @property
     def handover_target(self) -> HandoverTarget | None:
         """Whose workers take in this one's connections; None: nobody's."""
         takeover_id = self._pipe.takeover_id
         return (
-            HandoverTarget(self._directory, takeover_id, Side.NEW)
+            HandoverTarget(self._directory, takeover_id)
             if takeover_id and self._can_hand_over
             else None
         )
@@ -204,8 +206,8 @@ class WorkerAgent:
         """This worker ends."""
         # Python is about to give the signal its default meaning back, which is to die of it.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        if self.own_target is not None:
-            path_of(self.own_target, os.getpid()).unlink(missing_ok=True)
+        if self.receiver_path is not None:
+            self.receiver_path.unlink(missing_ok=True)
         if self._adapter is not None and self._paused:
             self._pipe.report(WorkerEvent.ENDS, self._adapter.stats())
 

@@ -22,7 +22,9 @@ from tests.support.gunicorns import (
     WORKERS,
     booted,
     gunicorn,
+    holds_socket,
     kill,
+    listening_inode,
     only_line,
     own_config,
     start,
@@ -182,6 +184,33 @@ def test_a_worker_that_dies_in_the_window_is_not_replaced(place: Deploys, addres
     assert workers_of(parent) == pids
     parent.signal(signal.SIGHUP)  # the code is good again
     parent.wait_for("Booting worker with pid", count=8)
+
+
+@pytest.mark.parametrize("worker", ["gthread", "gevent", "asgi"])
+def test_after_the_window_whoever_connects_is_refused(
+    place: Deploys, address: str, worker: str
+) -> None:
+    """The old instance still drains and never accepts again: if the new one is killed then, no
+    client waits for it."""
+    args = gunicorn(worker, address)
+    old = up(place, args, HOTRESTART_DRAIN_TIMEOUT="600")
+    with Connection(address) as busy:
+        busy.begin_upload()
+        new = start(place, args, **WINDOW)
+        new.wait_for(TOOK_OVER)
+        masters_and_workers = {old.pid, *workers_of(old)}
+        listener = listening_inode(address)
+        eventually(
+            lambda: not any(holds_socket(pid, listener) for pid in masters_and_workers),
+            "the old instance closes its copies of the listener",
+        )
+        kill(new)
+        with pytest.raises(ConnectionRefusedError):
+            ask(address)
+        busy.send(b"hello")
+        assert old.owns(busy.answer().pid)
+    assert old.wait() == 0
+    assert "serves again" not in old.log
 
 
 def test_a_successor_that_is_stopped_on_purpose_is_not_rolled_back(

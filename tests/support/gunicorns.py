@@ -141,3 +141,21 @@ def kill(instance: Instance) -> None:
         instance.signal(signal.SIGKILL)
         for fd in ends:
             assert select.select([fd], [], [], DEADLINE)[0], "a worker without a master stays"
+
+
+def listening_inode(address: str) -> str:
+    """The inode of the listener on a TCP address of IPv4, as in /proc/PID/fd: proc_net(5)."""
+    port = f":{int(address.rpartition(':')[2]):04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    (inode,) = {row[9] for row in rows if row[1].endswith(port) and row[3] == "0A"}
+    return inode
+
+
+def holds_socket(pid: int, inode: str) -> bool:
+    """Whether a process has a descriptor of the socket; no if it has ended."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(entry) == f"socket:[{inode}]":
+                    return True
+    return False

@@ -14,7 +14,6 @@ from gunicorn.asgi.protocol import ASGIProtocol
 from gunicorn.workers import gasgi
 
 from hotrestart_plugins.app import drain
-from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.draining.event_streams import EventStream, EventStreams
 from hotrestart_plugins.draining.stagger import StaggeredClose
 from hotrestart_plugins.draining.stats import DrainStats
@@ -63,9 +62,9 @@ class AsgiAdapter(AsyncioAdapter):
         self._endings: set[asyncio.Task[None]] = set()
         worker.asgi = self._streams.wrap(worker.asgi)
         self._can_hand_over = not worker.cfg.is_ssl and not uses_proxy_protocol(worker.cfg)
-        self._sender: ConnectionSender[Any] | None = None
+        self._sender: ConnectionSender | None = None
         self._receiver: ConnectionReceiver | None = None
-        self._adopter: ConnectionAdopter[Any] | None = None
+        self._adopter: ConnectionAdopter | None = None
         self._duplicates: list[socket.socket] = []
         self._paused = False
         self._leaving: asyncio.Task[None] | None = None
@@ -119,7 +118,7 @@ class AsgiAdapter(AsyncioAdapter):
         for one in self._worker.sockets:
             one.sock.listen(self._worker.cfg.backlog)
         self._duplicate()
-        if self._agent.own_target is not None and self._can_hand_over:
+        if self._agent.receiver_path is not None and self._can_hand_over:
             loop = self._worker.loop
             self._adopter = ConnectionAdopter(
                 loop,
@@ -127,10 +126,7 @@ class AsgiAdapter(AsyncioAdapter):
                 self._on_adopted,
             )
             self._receiver = ConnectionReceiver.open(
-                self._agent.own_target,
-                self._adopter.adopt,
-                loop=loop,
-                journal=Journal(self._worker.log),
+                self._agent.receiver_path, self._adopter.adopt, loop=loop, logger=self._worker.log
             )
 
     def _duplicate(self) -> None:
@@ -171,7 +167,7 @@ class AsgiAdapter(AsyncioAdapter):
                 AsgiConnectionAdapter(),
                 loop=worker.loop,
                 on_failure=self._close_hook.announce,
-                journal=Journal(worker.log),
+                logger=worker.log,
             )
             if not await offer_all(self._sender, self._connections):
                 self._close_hook.announce()
@@ -320,6 +316,8 @@ class AsgiAdapter(AsyncioAdapter):
         patience = self._agent.seconds_left
         self._close_receiver()
         await self._pause()
+        for listener in worker.sockets:  # let no client wait for this worker
+            listener.close()
         # gunicorn keeps a number of connections, and nothing that could be awaited.
         half = began + patience / 2
         while worker.alive and worker.nr_conns and worker.loop.time() < half:  # noqa: ASYNC110

@@ -15,14 +15,13 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.workers.gthread import TConn
 
 from hotrestart_plugins.app import drain
-from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.gunicorn.adapters.close_hook import (
     CloseHook,
@@ -53,7 +52,7 @@ class GthreadAdapter:
         self._close_hook = CloseHook(worker)
         self._loop = GthreadEventLoop(worker)
         self._parked = GthreadConnectionAdapter(worker)
-        self._sender: ConnectionSender[Any] | None = None
+        self._sender: ConnectionSender | None = None
         self._receiver: ConnectionReceiver | None = None
         self._open = 0
         self._stop_by = 0.0
@@ -68,6 +67,8 @@ class GthreadAdapter:
 
         While connections move, gunicorn hears of it later: it would close them after their answer.
         """
+        if self._worker.worker_connections == _NO_CONNECTIONS:
+            self._loop.call_soon(self._close_listeners)
         if self._sender is None or not self._sender.active:
             self._stop()
         elif not self._stop_by:
@@ -88,18 +89,15 @@ class GthreadAdapter:
         """Take in what the old instance's workers hand over; and hear of the master's end."""
         self._loop.add_reader(self._agent.lifeline, self._orphaned)
         self._worker.is_parent_alive = self._has_parent
-        if self._agent.own_target is not None and self._can_hand_over:
+        if self._agent.receiver_path is not None and self._can_hand_over:
             self._receiver = ConnectionReceiver.open(
-                self._agent.own_target,
-                self._adopt,
-                loop=self._loop,
-                journal=Journal(self._worker.log),
+                self._agent.receiver_path, self._adopt, loop=self._loop, logger=self._worker.log
             )
 
-    def _adopt(self, received: ReceivedConnection) -> None:
-        connection = self._parked.adopt(received)
-        if connection is not None and self._sender is not None:
-            self._sender.add(connection)  # this instance was replaced meanwhile, too
+    def _adopt(self, received: Sequence[ReceivedConnection]) -> None:
+        for connection in self._parked.adopt(received):
+            if self._sender is not None:  # this instance was replaced meanwhile, too
+                self._sender.add(connection)
 
     def _has_parent(self) -> bool:
         """As gunicorn's, which would leave its loop at once; without a parent this one stops."""
@@ -124,10 +122,14 @@ class GthreadAdapter:
                 if not (worker._accepting and select.select([one], [], [], 0)[0]):  # noqa: SLF001
                     break
                 worker.accept(one)
-        worker.set_accept_enabled(False)
-        for one in worker.sockets:
-            one.close()
+        self._close_listeners()
         self._stop()
+
+    def _close_listeners(self) -> None:
+        """Let no client wait for this worker, which accepts nothing any more."""
+        self._worker.set_accept_enabled(False)
+        for listener in self._worker.sockets:
+            listener.close()
 
     def pause(self) -> None:
         """Have the loop find that it has too many connections, and leave the listeners alone."""
@@ -148,7 +150,7 @@ class GthreadAdapter:
                 self._parked,
                 loop=self._loop,
                 on_failure=self._close_hook.announce,
-                journal=Journal(self._worker.log),
+                logger=self._worker.log,
             )
             self._worker.finish_request = self._finished
             if self._sender.active:
@@ -228,12 +230,12 @@ class GthreadConnectionAdapter:
     def resume(self, connection: Any, state: ConnectionState) -> None:
         """Wait for its request again."""
         connection.set_timeout()
+        self._queue(state).append(connection)
         then = "on_client" if state is ConnectionState.IDLE else "on_pending"
         callback = getattr(self._worker, f"{then}_socket_readable")
         self._worker.poller.register(
             connection.sock, selectors.EVENT_READ, functools.partial(callback, connection)
         )
-        self._queue(state).append(connection)
 
     def _queue(self, state: ConnectionState) -> deque[Any]:
         worker = self._worker
@@ -251,17 +253,17 @@ class GthreadConnectionAdapter:
         """Whether it has been closed meanwhile."""
         return self.fileno(connection) < 0
 
-    def adopt(self, received: ReceivedConnection) -> Any | None:
-        """Make it a connection of this worker; None if its client has gone."""
-        sock, state = received
-        try:
-            connection = TConn(self._worker.cfg, sock, sock.getpeername(), self._server(sock))
-        except OSError:
-            sock.close()
-            return None
-        self.resume(connection, state)
-        self._worker.nr_conns += 1
-        return connection
+    def adopt(self, received: Sequence[ReceivedConnection]) -> Iterator[Any]:
+        """Connections of the old instance are this worker's."""
+        for sock, state in received:
+            try:
+                connection = TConn(self._worker.cfg, sock, sock.getpeername(), self._server(sock))
+            except OSError:  # its client has gone
+                sock.close()
+                continue
+            self._worker.nr_conns += 1
+            self.resume(connection, state)
+            yield connection
 
     def _server(self, sock: socket.socket) -> Any:
         """What gunicorn has for the connection's own address: that of its listener."""

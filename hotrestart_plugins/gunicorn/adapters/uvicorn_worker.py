@@ -54,8 +54,8 @@ class UvicornWorkerAdapter(AsyncioAdapter):
                     await super().startup(sockets)
                 except NotReady as error:
                     adapter._agent.fail(error)
-                if self.started and adapter._agent.own_target is not None:
-                    self.receive(adapter._agent.own_target)
+                if self.started and adapter._agent.receiver_path is not None:
+                    self.receive_connections(adapter._agent.receiver_path)
 
             async def on_tick(self, counter: int) -> bool:
                 """As uvicorn's; and a worker whose master was killed goes, too."""

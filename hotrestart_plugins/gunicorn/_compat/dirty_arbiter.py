@@ -1,7 +1,7 @@
-"""gunicorn's dirty arbiter: the last to go.
+"""Stops gunicorn's dirty arbiter after the workers.
 
-gunicorn stops it together with the workers that finish their requests, which then fail, or hang,
-if they need a dirty worker.
+gunicorn stops it together with the workers, which still finish their requests: a request that needs
+a dirty worker then fails or hangs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ import signal
 import time
 from typing import Any
 
-_GRACE = 2.0  # seconds that it has where the workers have used up all of the time
-_POLL_INTERVAL = 0.05  # seconds between two looks at it, then
+from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter
+from hotrestart_plugins.gunicorn._compat.table import Feature, lacks
+
+_GRACE = 2.0  # seconds for it to end if the workers have used up all of the time
+_POLL_INTERVAL = 0.05  # seconds between two looks at whether it has
 
 
-def outlives_workers(server: Any) -> None:
-    """Have this master's stop spare the dirty arbiter until no worker is left."""
-    kill, reap = type(server).kill_dirty_arbiter, type(server).reap_dirty_arbiter
+def outlives_workers(server: Arbiter) -> None:
+    """Make the stop of this master spare the dirty arbiter until no worker is left."""
+    if lacks(Feature.DIRTY_ARBITER):
+        return
+    # Not the instance's: this may have been called before.
+    kind: Any = type(server)
+    kill, reap = kind.kill_dirty_arbiter, kind.reap_dirty_arbiter
     spared = False
 
     def kill_dirty_arbiter(number: int) -> None:
@@ -25,7 +32,7 @@ def outlives_workers(server: Any) -> None:
             spared = True
             return
         if number == signal.SIGKILL and spared:
-            # It has not been told to go yet, and its own workers and files would be left behind.
+            # It was not asked to stop yet: its own workers and files would stay.
             spared = False
             kill(server, signal.SIGTERM)
             limit = time.monotonic() + _GRACE
@@ -36,7 +43,7 @@ def outlives_workers(server: Any) -> None:
         kill(server, number)
         if number == signal.SIGKILL and arbiter is not None:
             arbiter.pid = pid
-            arbiter._cleanup_sync()  # noqa: SLF001  # its files, which it cannot remove now
+            arbiter._cleanup_sync()  # noqa: SLF001  # removes its files, which it can no longer do
 
     def reap_dirty_arbiter() -> None:
         nonlocal spared

@@ -19,6 +19,7 @@ from hotrestart_plugins.errors import ConfigurationError
 from hotrestart_plugins.gunicorn import worker_agent
 from hotrestart_plugins.gunicorn._compat import arbiter, table
 from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter, Config, Worker
+from hotrestart_plugins.gunicorn.adapters.base import say_what_is_missing
 from hotrestart_plugins.gunicorn.failures import EX_CONFIG, in_config_words
 from hotrestart_plugins.gunicorn.master import MasterController
 from hotrestart_plugins.gunicorn.startup import Startup
@@ -89,7 +90,7 @@ def _startup(server: Arbiter, settings: Callable[[], Settings]) -> Startup | Non
     journal = Journal(server.log)
     try:
         chosen = settings()
-        if chosen.disable or not _supported(journal):
+        if chosen.disable or not _supported(server, chosen, journal):
             return None
         if "GUNICORN_PID" in os.environ:
             if chosen.manual_usr2:
@@ -112,7 +113,7 @@ def _startup(server: Arbiter, settings: Callable[[], Settings]) -> Startup | Non
     return Startup(server, chosen, journal)
 
 
-def _supported(journal: Journal) -> bool:
+def _supported(server: Arbiter, chosen: Settings, journal: Journal) -> bool:
     """Say what the installed gunicorn lacks; whether hot restart works without it."""
     lacking = table.check(arbiter.NAMES)
     for feature, names in lacking.items():
@@ -122,7 +123,8 @@ def _supported(journal: Journal) -> bool:
             names=", ".join(f"{name.owner}.{name.attribute}" for name in names),
             instead=feature.value,
         )
-    return table.Feature.HOT_RESTART not in lacking
+    ready = say_what_is_missing(arbiter.worker_class(server), journal, has_probe=bool(chosen.probe))
+    return ready and table.Feature.HOT_RESTART not in lacking
 
 
 def _forget_other_master(journal: Journal) -> None:

@@ -19,7 +19,8 @@ from hotrestart_plugins.gunicorn import worker_agent
 from hotrestart_plugins.gunicorn._compat import arbiter, dirty_arbiter
 from hotrestart_plugins.gunicorn._compat.arbiter import HaltServer
 from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter, Worker
-from hotrestart_plugins.gunicorn.adapters.base import worker_kind
+from hotrestart_plugins.gunicorn._compat.workers import known_class
+from hotrestart_plugins.gunicorn.adapters.base import say_what_is_missing
 from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
 from hotrestart_plugins.gunicorn.failures import in_config_words, status_of
 from hotrestart_plugins.gunicorn.fence import Fence
@@ -27,7 +28,7 @@ from hotrestart_plugins.gunicorn.lifecycle_driver import LifecycleDriver
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.singletons import Singletons
 from hotrestart_plugins.gunicorn.worker_ipc import WorkerPipe
-from hotrestart_plugins.handover.frames import HandoverTarget
+from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.lifecycle.table import State
 from hotrestart_plugins.settings import Settings
 
@@ -85,7 +86,7 @@ class MasterController:
             sys.exit(status_of(error))
         self._singletons.check_pidfile(hot.parent_pid if hot.role is Role.CHILD else 0)
         own_name(server)
-        if not worker_kind(arbiter.worker_class(server)):
+        if not known_class(arbiter.worker_class(server)):
             self._journal.emit(events.CANNOT_PAUSE, worker_class=server.cfg.worker_class_str)
         self._deadlines.watch(self._pipe.fileno())
         # `worker_agent.hold_stops` holds signals before each fork; only a worker keeps them held.
@@ -102,6 +103,11 @@ class MasterController:
         self._listeners.reconfigured(self._hot)
         with self._fence:
             self._use_config(settings)
+            say_what_is_missing(
+                arbiter.worker_class(self.server),
+                self._journal,
+                has_probe=bool(self._driver.settings.probe),
+            )
 
     def _use_config(self, settings: Callable[[], Settings]) -> None:
         if self._driver.lifecycle.state is State.STARTING:
@@ -184,7 +190,7 @@ class MasterController:
         """In a new worker: keep open only what is a worker's. Return what it is from now on."""
         atexit.unregister(self._crashed)
         taking_over = self._driver.lifecycle.state is State.STARTING and self._hot.takeover_id
-        own_target = HandoverTarget(self._directory, self._hot.takeover_id)
+        own_target = HandoverTarget(self._directory, self._hot.takeover_id, Side.NEW)
         agent = worker_agent.WorkerAgent(
             worker,
             self._pipe,

@@ -19,6 +19,7 @@ class Setting(Protocol):
     """One setting of a config, or in `gunicorn.config.KNOWN_SETTINGS`."""
 
     name: str
+    default: Any
     validator: Callable[[object], Any]
 
     def get(self) -> Any:
@@ -45,6 +46,10 @@ class Config(Protocol):
     uid: int
     gid: int
     backlog: int
+    asgi_lifespan: str
+    proxy_protocol: str | bool
+    pre_request: Callable[..., object]
+    post_request: Callable[..., object]
     settings: Mapping[str, Setting]
 
     def set(self, name: str, value: object) -> None:

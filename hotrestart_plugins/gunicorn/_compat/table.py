@@ -31,6 +31,12 @@ class Feature(enum.Enum):
     FAST_START = "a new instance starts its workers with gunicorn's pauses between them"
     STOP_WHILE_STARTING = "a worker that is still starting can miss a signal that stops it"
     STOP_WHOLLY = "a worker that fails to start while gunicorn stops can cut the stop short"
+    PAUSE = "at a takeover its workers are stopped at once, and cannot serve again"
+    HANDOVER = "connections are drained instead of handed over"
+    CLOSE = "connections are closed without being told before"
+    END_LONG_CONNECTIONS = "WebSockets and event streams are cut off when the drain ends"
+    LOSE_MASTER = "workers end at once if the master is killed"
+    PROBE = "the app is not asked before it serves (hotrestart_probe)"
 
 
 class Name(NamedTuple):

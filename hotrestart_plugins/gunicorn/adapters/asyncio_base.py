@@ -9,42 +9,43 @@ import abc
 import asyncio
 from typing import TYPE_CHECKING
 
+from hotrestart_plugins.gunicorn.adapters.base import State, WorkerAdapter
 from hotrestart_plugins.gunicorn.worker_ipc import WorkerEvent
 
 if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 
 
-class AsyncioAdapter(abc.ABC):
+class AsyncioAdapter(WorkerAdapter):
     """Pauses and resumes in a task of its own, one after the other."""
 
     def __init__(self, agent: WorkerAgent) -> None:
-        self._agent = agent
-        self._wanted = self._told = False
-        self._changing: asyncio.Task[None] | None = None
+        super().__init__(agent)
+        self._ordered = self._followed = State.ACCEPTING
+        self._following: asyncio.Task[None] | None = None
 
     def pause(self) -> None:
-        """From a signal handler: what follows is the loop's."""
-        self._want(paused=True)
+        """Stop accepting, in the loop. Called by a signal handler."""
+        self._order(State.PAUSED)
 
     def resume(self) -> None:
-        """The same."""
-        self._want(paused=False)
+        """Accept again, in the loop. Called by a signal handler."""
+        self._order(State.ACCEPTING)
 
-    def _want(self, *, paused: bool) -> None:
-        self._wanted = paused
+    def _order(self, state: State) -> None:
+        self._ordered = state
         loop = self._event_loop()
         if loop is not None:
-            loop.call_soon_threadsafe(self._change)
+            loop.call_soon_threadsafe(self._follow_soon)
 
-    def _change(self) -> None:
-        if self._changing is None or self._changing.done():
-            self._changing = asyncio.get_running_loop().create_task(self._follow())
+    def _follow_soon(self) -> None:
+        if self._following is None or self._following.done():
+            self._following = asyncio.get_running_loop().create_task(self._follow())
 
     async def _follow(self) -> None:
-        while self._wanted != self._told:
-            self._told = self._wanted
-            if self._told:
+        while self._ordered is not self._followed:
+            self._followed = self._ordered
+            if self._followed is State.PAUSED:
                 await self._pause()
                 self._agent.done(WorkerEvent.PAUSED)
             else:
@@ -56,15 +57,15 @@ class AsyncioAdapter(abc.ABC):
 
     @abc.abstractmethod
     def _event_loop(self) -> asyncio.AbstractEventLoop | None:
-        """The worker's loop; None: it does not run yet."""
+        """The worker's loop; None if it does not run yet."""
 
     @abc.abstractmethod
     def _stays(self) -> bool:
-        """Whether the worker is not about to end: then it is to accept nothing any more."""
+        """Whether the worker is not about to end: such a one must not accept again."""
 
     @abc.abstractmethod
     async def _pause(self) -> None:
-        """Stop accepting, and offer what is open to the successor; once is enough."""
+        """Stop accepting, and offer open connections to the new instance. May come twice."""
 
     @abc.abstractmethod
     async def _resume(self) -> None:

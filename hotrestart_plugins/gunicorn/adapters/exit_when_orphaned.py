@@ -1,24 +1,32 @@
-"""A worker whose master was killed: it goes, but cuts nothing off."""
+"""A worker whose master was killed: it ends, but finishes what it has begun."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hotrestart_plugins.core import events
+from hotrestart_plugins.gunicorn._compat.workers import Worker
+
+if TYPE_CHECKING:
+    from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 
 
-def exit_when_orphaned(worker: Any, leave: Callable[[], None]) -> None:
-    """Have `leave` called once if the master dies, in the place of gunicorn's abrupt end.
+def exit_when_orphaned(worker: Worker[Any], agent: WorkerAgent, leave: Callable[[], None]) -> None:
+    """Call `leave` once if the master dies, instead of ending at once as gunicorn does.
 
-    For the classes that look for it just after their heartbeat.
+    For the classes in which gunicorn looks for its master just after the heartbeat.
     """
+    has_left = False
 
-    def notify() -> None:
-        parent = os.getppid()
-        if worker.ppid != parent:
-            worker.log.info("Parent changed, shutting down: %s", worker)
-            worker.ppid = parent
+    def look() -> None:
+        nonlocal has_left
+        if not agent.has_lost_master:
+            return
+        worker.accept_new_parent()
+        if not has_left:
+            has_left = True
+            agent.journal.emit(events.MASTER_ENDED, worker=worker.raw)
             leave()
-        type(worker).notify(worker)
 
-    worker.notify = notify
+    worker.before_each_heartbeat(look)

@@ -1,7 +1,7 @@
 """The adapter of gunicorn's gevent workers: those with gevent's stream server, and with its pywsgi.
 
-gevent accepts in its hub: one callback takes what has come, and leaves a greenlet for each
-connection. What is asked of the servers in a callback of its own finds no accept half done.
+gevent accepts in its hub: one callback accepts what has come, and starts a greenlet for each
+connection. A callback of its own that stops the servers interrupts no such callback.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent
-from gevent.baseserver import BaseServer
-from gevent.server import StreamServer
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.core import events
 from hotrestart_plugins.draining.stats import DrainStats
-from hotrestart_plugins.gunicorn.adapters.base import replace_where_defined
+from hotrestart_plugins.gunicorn._compat.gevent import GeventWorker, RawGeventWorker
+from hotrestart_plugins.gunicorn._compat.table import Feature
+from hotrestart_plugins.gunicorn.adapters.base import DrainCounter, State, WorkerAdapter
 from hotrestart_plugins.gunicorn.adapters.close_hook import CloseHook
 from hotrestart_plugins.gunicorn.adapters.exit_when_orphaned import exit_when_orphaned
 from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
@@ -26,32 +27,28 @@ _READABLE = 1  # gevent's name for it is in the module of whichever event librar
 _ANY = 4096  # bytes that signals have left
 
 
-class GeventAdapter:
+class GeventAdapter(WorkerAdapter):
     """Has the worker make servers that can be paused, and pauses them."""
 
-    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
+    def __init__(self, worker: RawGeventWorker, agent: WorkerAgent) -> None:
         """After gevent has patched the process, before the worker makes its servers."""
-        self._worker = worker
-        self._agent = agent
-        self._close_hook = CloseHook(worker)
+        super().__init__(agent)
+        self._worker = GeventWorker(worker)
+        self._close_hook = CloseHook(self._worker)
+        self._counter = DrainCounter()
         self._servers: list[Any] = []
-        self._open = 0
         self._loop = gevent.get_hub().loop
         # libev sleeps on when a signal comes just before it begins to. Python writes each signal
         # into gunicorn's pipe, which nobody has read here.
-        signal_pipe = worker.PIPE[0]
+        signal_pipe = self._worker.signal_pipe
         self._signal_watcher = self._loop.io(signal_pipe, _READABLE)
         self._signal_watcher.start(os.read, signal_pipe, _ANY)
-        worker.sockets = [_Named(one) for one in worker.sockets]
-        given = worker.server_class
-        if given is None:
-            replace_where_defined(
-                type(worker), "StreamServer", StreamServer, self._server_class(StreamServer)
-            )
-        elif issubclass(given, BaseServer):
-            worker.server_class = self._server_class(given)
+        worker.sockets = [_Named(sock) for sock in worker.sockets]
+        server_class = self._worker.server_class
+        if server_class is not None:
+            self._worker.use_server_class(self._pausing_class(server_class))
 
-    def _server_class(self, base: Any) -> Any:
+    def _pausing_class(self, base: Any) -> Any:
         adapter = self
 
         class WorkerServer(base):  # type: ignore[misc]
@@ -64,17 +61,17 @@ class GeventAdapter:
                 adapter._servers.append(self)
 
             def start_accepting(self) -> None:
-                """As gevent's, which calls it whenever a connection has ended, too."""
+                """Accept, unless it is paused: gevent calls this after each connection, too."""
                 if not self.paused:
                     super().start_accepting()
 
             def answer_with_close(self) -> None:
                 """For pywsgi, which knows neither `pre_request` nor that the worker ends."""
                 if hasattr(self, "application"):
-                    self.application = _with_close(adapter._worker.wsgi)
+                    self.application = _with_close(adapter._worker.app)
 
             def close(self) -> None:
-                """As gevent's; but a TLS handshake under way still leads to a connection."""
+                """Close; but a TLS handshake in progress still leads to a connection."""
                 handle = vars(self).get("handle")
                 super().close()
                 self.answer_with_close()
@@ -85,33 +82,32 @@ class GeventAdapter:
         return WorkerServer
 
     def ready(self) -> None:
-        """The servers are there, unless a class derived from gunicorn's makes others."""
-        if self._servers:
-            exit_when_orphaned(self._worker, self._stop)
-        else:
-            self._worker.log.warning(
-                "Workers of the class %s make servers of their own: at a takeover they are "
-                "stopped at once, and cannot serve again if the new instance dies",
-                self._worker.cfg.worker_class_str,
+        """Notice the master's end. Warn if a class derived from gunicorn's made other servers."""
+        if not self._servers:
+            self._agent.journal.emit(
+                events.OWN_SERVERS, worker_class=self._worker.cfg.worker_class_str
             )
+        elif not self._agent.lacks(Feature.LOSE_MASTER):
+            exit_when_orphaned(self._worker, self._agent, self._stop)
 
     def _stop(self) -> None:
         self._worker.alive = False
 
     def pause(self) -> None:
-        """From a signal handler, in whichever greenlet runs: what follows is the hub's."""
+        """Stop accepting, in the hub. Called by a signal handler, in whichever greenlet runs."""
         self._loop.run_callback_threadsafe(self._pause)
 
     def resume(self) -> None:
-        """The same."""
+        """Accept again, in the hub. Called by a signal handler, in whichever greenlet runs."""
         self._loop.run_callback_threadsafe(self._resume)
 
     def _pause(self) -> None:
         if not self._servers:
             self._stop()
             return
+        self._state = State.PAUSED
         self._close_hook.begin()
-        self._open = self._connections()
+        self._counter.begin(self._open_connections())
         for server in self._servers:
             server.paused = True
             server.stop_accepting()
@@ -122,37 +118,36 @@ class GeventAdapter:
     def _resume(self) -> None:
         if not self._servers:
             return
+        self._state = State.ACCEPTING
         self._close_hook.end()
         for server in self._servers:
             server.paused = False
             if server.started:
                 server.start_accepting()
             if hasattr(server, "application"):
-                server.application = self._worker.wsgi
+                server.application = self._worker.app
         self._agent.done(WorkerEvent.RESUMED)
         gevent.spawn(drain.clear)
 
-    def _connections(self) -> int:
+    def _open_connections(self) -> int:
         return sum(len(server.pool) for server in self._servers if server.pool is not None)
 
     def stats(self) -> DrainStats:
-        """By the number of connections, and of answers, which pywsgi's are not told of."""
-        left = self._connections()
-        stats = DrainStats.by_numbers(self._open, left, self._close_hook.answers)
-        if not self._worker.alive:
-            stats.aborted_requests = left
-        return stats
+        """By the number of connections, and of answers, except those of pywsgi."""
+        return self._counter.stats(
+            self._open_connections(), self._close_hook.answers, ends=not self._worker.alive
+        )
 
 
 class _Named:
     """A listener that still knows its name when it is closed.
 
-    gunicorn asks each new connection's listener for it, when TLS is on after the handshake, and
-    would drop those connections whose turn comes when it has closed the listener to stop.
+    gunicorn asks each new connection's listener for it, with TLS after the handshake. Without the
+    name it would drop the connections that it begins to serve after it has closed the listener.
     """
 
     def __init__(self, sock: Any) -> None:
-        self._sock = sock  # so named that gevent finds its own socket within
+        self._sock = sock  # gevent looks for its own socket under this name
         self._name = sock.getsockname()
 
     def getsockname(self) -> Any:

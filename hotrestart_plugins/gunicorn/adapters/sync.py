@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from _thread import allocate_lock, start_new_thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hotrestart_plugins.app import drain
 from hotrestart_plugins.draining.stats import DrainStats
+from hotrestart_plugins.gunicorn._compat.sync import RawSyncWorker, SyncWorker
+from hotrestart_plugins.gunicorn.adapters.base import State, WorkerAdapter
 from hotrestart_plugins.gunicorn.adapters.close_hook import (
     CloseHook,
     accept_nothing,
@@ -19,54 +21,53 @@ if TYPE_CHECKING:
     from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 
 
-class SyncAdapter:
-    """The sync worker: one request, one connection, at a time."""
+class SyncAdapter(WorkerAdapter):
+    """Controls a sync worker, which has one connection, with one request, at a time."""
 
-    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
-        self._worker = worker
-        self._agent = agent
-        self._close_hook = CloseHook(worker)
+    def __init__(self, worker: RawSyncWorker, agent: WorkerAgent) -> None:
+        super().__init__(agent)
+        self._worker = SyncWorker(worker)
+        self._close_hook = CloseHook(self._worker)
         self._master = _Master(agent.lifeline)
-        worker.wait_fds.append(self._master)
-        self._paused = False
+        self._worker.wait_for(self._worker.listeners, self._master)
         self._telling = allocate_lock()
 
     def ready(self) -> None:
-        """Nothing to do."""
+        """Do nothing: the worker needs no more."""
 
     def pause(self) -> None:
-        """The signal has woken select() through the worker's pipe, and leads it to these."""
-        stop_accepting(self._worker.sockets)
-        self._worker.wait_fds = [self._worker.PIPE[0], self._master]
+        """Stop accepting. The signal wakes the worker's select(2), which then finds this."""
+        stop_accepting(self._worker.listeners)
+        self._worker.wait_for([], self._master)
         self._close_hook.begin()
-        self._tell_app(paused=True)
+        self._enter(State.PAUSED)
         self._agent.done(WorkerEvent.PAUSED)
 
     def resume(self) -> None:
-        """The same the other way round."""
-        resume_accepting(self._worker.sockets)
-        self._worker.wait_fds = [*self._worker.sockets, self._worker.PIPE[0], self._master]
+        """Accept again."""
+        resume_accepting(self._worker.listeners)
+        self._worker.wait_for(self._worker.listeners, self._master)
         self._close_hook.end()
-        self._tell_app(paused=False)
+        self._enter(State.ACCEPTING)
         self._agent.done(WorkerEvent.RESUMED)
 
-    def _tell_app(self, *, paused: bool) -> None:
-        # From a thread: the signal may have interrupted the app in the midst of what `drain`, or
-        # `threading`, guards with its locks.
-        self._paused = paused
+    def _enter(self, state: State) -> None:
+        # The app is told by a thread: the signal may have interrupted it while it holds one of the
+        # locks that guard `drain` and the module `threading`.
+        self._state = state
         start_new_thread(self._set_drain, ())
 
     def _set_drain(self) -> None:
         with self._telling:
-            (drain.set if self._paused else drain.clear)()
+            (drain.set if self._state is State.PAUSED else drain.clear)()
 
     def stats(self) -> DrainStats:
-        """Whoever ends is done with its only connection; who is killed says nothing."""
+        """What it answered. A worker that ends by itself has no connection left."""
         return DrainStats(requests=self._close_hook.answers, finished=self._close_hook.answers)
 
 
 class _Master:
-    """What ends the wait of a worker whose master was killed; else it goes on for half a minute.
+    """Ends the wait of a worker whose master was killed, which else lasts half a minute.
 
     gunicorn takes it for a listener, and then looks for its master.
     """
@@ -77,5 +78,5 @@ class _Master:
         self._lifeline = lifeline
 
     def fileno(self) -> int:
-        """A descriptor that is ready once the master has ended."""
+        """A descriptor that is ready once the master has ended; it stays the agent's."""
         return self._lifeline

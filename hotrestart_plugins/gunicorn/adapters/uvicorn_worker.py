@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Generator
 from typing import Any
 
@@ -12,8 +11,12 @@ import uvicorn
 
 from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import NotReady
+from hotrestart_plugins.gunicorn._compat.uvicorn_worker import (
+    RawUvicornWorker,
+    UvicornWorker,
+    plain_socket,
+)
 from hotrestart_plugins.gunicorn.adapters.asyncio_base import AsyncioAdapter
-from hotrestart_plugins.gunicorn.adapters.base import replace_where_defined
 from hotrestart_plugins.gunicorn.worker_agent import WorkerAgent
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.uvicorn.draining_server import DrainingServer
@@ -22,14 +25,15 @@ from hotrestart_plugins.uvicorn.draining_server import DrainingServer
 class UvicornWorkerAdapter(AsyncioAdapter):
     """Has the worker use a `DrainingServer`, and tells that one when to pause."""
 
-    def __init__(self, worker: Any, agent: WorkerAgent) -> None:
+    def __init__(self, worker: RawUvicornWorker, agent: WorkerAgent) -> None:
         super().__init__(agent)
-        self._worker = worker
+        self._worker = UvicornWorker(worker)
         self._server: DrainingServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        if worker.config.timeout_graceful_shutdown is None:
-            worker.config.timeout_graceful_shutdown = worker.cfg.graceful_timeout
-        replace_where_defined(type(worker), "Server", uvicorn.Server, self._server_class())
+        config = self._worker.uvicorn_config
+        if config.timeout_graceful_shutdown is None:
+            config.timeout_graceful_shutdown = worker.cfg.graceful_timeout
+        self._worker.use_server_class(self._server_class())
 
     def _server_class(self) -> type[DrainingServer]:
         adapter = self
@@ -45,27 +49,27 @@ class UvicornWorkerAdapter(AsyncioAdapter):
                 adapter._loop = asyncio.get_running_loop()
 
             async def serve(self, sockets: list[Any] | None = None) -> None:
-                """As uvicorn's. uvloop closes a descriptor twice that is not a plain socket's."""
-                await super().serve([getattr(one, "sock", one) for one in sockets or ()])
+                """Serve on plain sockets: of others uvloop closes the descriptor twice."""
+                await super().serve([plain_socket(sock) for sock in sockets or ()])
 
             async def startup(self, sockets: list[Any] | None = None) -> None:
-                """As a `DrainingServer`'s; then take in what the old instance hands over."""
+                """Start, and receive the connections that the old instance hands over."""
                 try:
                     await super().startup(sockets)
                 except NotReady as error:
                     adapter._agent.fail(error)
-                if self.started and adapter._agent.receiver_path is not None:
-                    self.receive_connections(adapter._agent.receiver_path)
+                if self.started and adapter._agent.own_target is not None:
+                    self.receive(adapter._agent.own_target)
 
             async def on_tick(self, counter: int) -> bool:
-                """As uvicorn's; and a worker whose master was killed goes, too."""
-                if os.getppid() != adapter._worker.ppid:
+                """End a worker whose master was killed, too."""
+                if adapter._agent.has_lost_master:
                     self.should_exit = True
                 return await super().on_tick(counter)
 
             @contextlib.contextmanager
             def capture_signals(self) -> Generator[None, None, None]:
-                """As uvicorn's, but the worker ends by itself: gunicorn's worker_exit runs."""
+                """Let the worker end by itself, not by a signal: gunicorn's worker_exit runs."""
                 with super().capture_signals():
                     yield
                     if self.started:
@@ -74,10 +78,10 @@ class UvicornWorkerAdapter(AsyncioAdapter):
         return WorkerServer
 
     def ready(self) -> None:
-        """Nothing to do: uvicorn's worker passes gunicorn's backlog on."""
+        """Do nothing: uvicorn's worker passes gunicorn's backlog on."""
 
     def stats(self) -> DrainStats:
-        """The server's."""
+        """What the server has counted."""
         return self._server.stats if self._server is not None else DrainStats()
 
     def _event_loop(self) -> asyncio.AbstractEventLoop | None:

@@ -106,7 +106,8 @@ class Action(enum.Enum):
     STAND_DOWN = "do not serve again: give up the place in the line, and the listeners"
     FINISH_DRAINING = "finish what is in flight; nothing needs to be kept for a rollback"
     ABORT = "close what is still open"
-    ASK_BACK = "ask the old instance to serve again"
+    ASK_BACK = "stand by for the name, and ask the old instance to serve again"
+    KEEP_NAME = "claim the parent socket's name again if nobody answers there"
     EXIT = "shut the app down, and exit"
     EXIT_FAILED = "as EXIT, but leave the dead parent socket: the old instance serves again"
     EXIT_NOW = "log what is still running, and end the process at once"
@@ -177,11 +178,12 @@ TABLE: Mapping[State, Mapping[Event, Transition]] = {
         _E.FAILED: _BOW_OUT,
         _E.NEWER_STARTED: _BOW_OUT,
     },
-    _S.ACCEPTING: _SERVING,
-    _S.SERVING_AGAIN: _SERVING,
+    # An old instance that was asked to serve again may have claimed the name before it ended.
+    _S.ACCEPTING: {**_SERVING, _E.OLD_INSTANCE_ENDED: _to(_S.ACCEPTING, _A.KEEP_NAME)},
+    _S.SERVING_AGAIN: {**_SERVING, _E.OLD_INSTANCE_ENDED: _to(_S.SERVING_AGAIN, _A.KEEP_NAME)},
     _S.GIVING_BACK: {
         _E.TAKEN_BACK: _BOW_OUT,
-        _E.OLD_INSTANCE_ENDED: _to(_S.ACCEPTING),
+        _E.OLD_INSTANCE_ENDED: _to(_S.ACCEPTING, _A.KEEP_NAME),
         _E.GIVE_BACK_TIMED_OUT: _to(_S.ACCEPTING),
         _E.REPLACED: _MAKE_WAY,
         _E.STOP_ORDERED: _EXIT,
@@ -239,21 +241,22 @@ TIMEOUTS: Mapping[State, frozenset[Event]] = {
 }
 """The deadlines that run in each state: every wait has one, only those who serve need none."""
 
-# Another instance asked for listeners, and ended before it had taken over; or a newer ticket was
-# seen just as this instance took over.
+# What changes nothing for an instance that serves: another one asked for its listeners, and ended
+# before it had taken over; a newer ticket was seen just as it took over; the drain that a rollback
+# has cut short ends.
 _UNMOVED = {_E.NEW_INSTANCE_CRASHED, _E.NEW_INSTANCE_LEFT, _E.GIVEN_BACK, _E.NEWER_STARTED}
 _DRAIN_REPORTS = {_E.STOPPED_ACCEPTING, _E.DRAINED, _E.DRAIN_TIMED_OUT}
+_LATE_WHILE_SERVING = _UNMOVED | _DRAIN_REPORTS | {_E.WINDOW_ENDED, _E.GIVE_BACK_TIMED_OUT}
 LATE: Mapping[State, frozenset[Event]] = {
     # A deadline may pass just as what it waited for happens.
     _S.STARTING: frozenset({_E.TURN_TIMED_OUT}),
     _S.HOLDING: frozenset({_E.READY_TIMED_OUT, _E.CANARY_TIMED_OUT, _E.OLD_INSTANCE_ENDED}),
     _S.CANARY: frozenset({_E.READY_TIMED_OUT}),
-    _S.ACCEPTING: frozenset(
-        _UNMOVED | {_E.TAKEOVER_TIMED_OUT, _E.GIVE_BACK_TIMED_OUT, _E.OLD_INSTANCE_ENDED}
+    _S.ACCEPTING: frozenset(_LATE_WHILE_SERVING | {_E.TAKEOVER_TIMED_OUT}),
+    _S.SERVING_AGAIN: frozenset(_LATE_WHILE_SERVING),
+    _S.GIVING_BACK: frozenset(
+        _LATE_WHILE_SERVING - {_E.GIVE_BACK_TIMED_OUT} | {_E.ROLLBACK_ORDERED}
     ),
-    # The drain that a rollback has cut short may have ended, and its window too.
-    _S.SERVING_AGAIN: frozenset(_UNMOVED | _DRAIN_REPORTS | {_E.WINDOW_ENDED}),
-    _S.GIVING_BACK: frozenset(_UNMOVED | _DRAIN_REPORTS | {_E.WINDOW_ENDED, _E.ROLLBACK_ORDERED}),
     _S.TOLD_TO_GO: frozenset({_E.GIVE_BACK_TIMED_OUT, _E.ROLLBACK_ORDERED}),
     # It had aborted what was in flight when it took the wait for its workers for lost.
     _S.STANDING_BY: frozenset(_DRAIN_REPORTS),

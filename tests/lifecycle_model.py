@@ -49,8 +49,8 @@ UNSTARTED, CRASHED = 20, 21  # beside the numbers of the states
 ) = range(len(STATES))
 
 # The fields of the world.
-NAME, CHILD_NAME, DIRECTORY, CRASHES, STOPS, REMOVALS, LOSSES, CANARIES, ROLLBACKS, FAILURES = range(
-    10
+NAME, CHILD_NAME, DIRECTORY, CRASHES, STOPS, REMOVALS, LOSSES, CANARIES, ROLLBACKS, FAILURES = (
+    range(10)
 )
 HEAD = 10
 # The fields of each instance.
@@ -101,7 +101,7 @@ class Step(NamedTuple):
     kind: int = PROGRESS
 
 
-class Violation(Exception):  # noqa: N818 -- it is what is looked for
+class Violation(Exception):
     """Something that must not be."""
 
 
@@ -120,7 +120,9 @@ class Options:
     rollbacks: int = 0
     broken: frozenset[str] = frozenset()
     """Parts of the protocol that are left out, to see that a violation is found then."""
-    table: Mapping[State, Mapping[Event, Transition]] = field(default_factory=lambda: lifecycle.TABLE)
+    table: Mapping[State, Mapping[Event, Transition]] = field(
+        default_factory=lambda: lifecycle.TABLE
+    )
     timeouts: Mapping[State, frozenset[Event]] = field(default_factory=lambda: lifecycle.TIMEOUTS)
 
 
@@ -146,7 +148,7 @@ class Model:
             (NUMBER[state], event) for state, events in lifecycle.LATE.items() for event in events
         }
         self._timers = {
-            NUMBER[state]: [(event, f"{event.name}") for event in sorted(events, key=lambda e: e.name)]
+            NUMBER[state]: sorted(events, key=lambda event: event.name)
             for state, events in options.timeouts.items()
         }
 
@@ -187,7 +189,7 @@ class Model:
         if row[0] == GONE:
             self._end(world, me, GONE)
 
-    def _act(self, world: bytearray, me: int, action: Action) -> None:  # noqa: C901
+    def _act(self, world: bytearray, me: int, action: Action) -> None:
         at = self._starts[me]
         if action is Action.BOOT:
             world[at + PHASE] = CONNECT
@@ -270,8 +272,8 @@ class Model:
         for at in self._starts[me + 1 :]:
             life = world[at + LIFE]
             if world[at + HOME] == home and (
-                life in MAY_BECOME_READY
-                and not ("ticket ends when serving" in self.broken and life in SERVING)
+                (life in MAY_BECOME_READY
+                and not ("ticket ends when serving" in self.broken and life in SERVING))
                 or ("ticket outlives failure" in self.broken and life == LEAVING)
             ):
                 return True
@@ -337,7 +339,7 @@ class Model:
                 self._reports(world, me, out)
             elif life in (LEAVING, OVERTAKEN):
                 self._event(world, me, Event.EXITED, out)
-            for event, _ in self._timers[life]:
+            for event in self._timers[life]:
                 self._event(world, me, event, out, TIMER)
             if world[STOPS] and life not in (LEAVING, OVERTAKEN, STOOD_DOWN):
                 self._event(world, me, Event.STOP_ORDERED, out, OUTSIDE, STOPS)
@@ -393,9 +395,7 @@ class Model:
 
     def _overtaken(self, world: bytes, me: int, out: Steps) -> None:
         if "no newer ticket" not in self.broken and self._newer(world, me):
-            if "ticket outlives failure" in self.broken and not any(
-                world[at + LIFE] in MAY_BECOME_READY for at in self._starts[me + 1 :]
-            ):
+            if not any(world[at + LIFE] in MAY_BECOME_READY for at in self._starts[me + 1 :]):
                 raise Violation(f"{me} is overtaken by an instance that cannot become ready")
             self._event(world, me, Event.NEWER_STARTED, out)
 
@@ -511,6 +511,8 @@ class Model:
                 self._event(world, me, Event.STOP_ORDERED, out, OUTSIDE, STOPS)
         elif phase == CHECK:
             if "no newer ticket" not in self.broken and self._newer(world, me):
+                if not world[at + PEER]:
+                    raise Violation(f"{me} is ready, and leaves although nobody serves")
                 self._event(world, me, Event.NEWER_STARTED, out)
             else:
                 after = bytearray(world)
@@ -525,7 +527,7 @@ class Model:
         elif phase == COMMIT:
             self._event(world, me, Event.COMMITTED, out)
         if phase in (CONNECT, ASK, RECEIVE, LOOK):
-            for event, _ in self._timers[HOLDING]:
+            for event in self._timers[HOLDING]:
                 self._event(world, me, event, out, TIMER)
 
     def _look(self, world: bytes, me: int, out: Steps) -> None:
@@ -535,8 +537,8 @@ class Model:
         after[at + OWNS] |= CLAIMING
         peer = world[at + PEER]
         if not peer:
-            after[at + PHASE] = CLAIM
-        elif "overtaken alone" in self.broken or (peer != DEAD and world[NAME] == peer):
+            after[at + PHASE] = CHECK if "overtaken alone" in self.broken else CLAIM
+        elif "no look before claim" in self.broken or (peer != DEAD and world[NAME] == peer):
             after[at + PHASE] = CHECK
         else:
             after[at + PHASE] = CONNECT
@@ -610,7 +612,12 @@ class Model:
         child = world[at + CHILD]
         # What it said before its end is heard first.
         heard = not world[at + QUEUE] & 8 << child or "end before messages" in self.broken
-        if child and heard and self._may_claim(world, me) and world[self._starts[child - 1] + LIFE] in (GONE, CRASHED):
+        if (
+            child
+            and heard
+            and self._may_claim(world, me)
+            and world[self._starts[child - 1] + LIFE] in (GONE, CRASHED)
+        ):
             self._child_ended(world, me, life, out)
         inbox = world[at + INBOX]
         if inbox & GIVEN_BACK and self._may_claim(world, me):
@@ -619,9 +626,7 @@ class Model:
             return
         # The word of an old instance that has ended counts if another one serves by now.
         ended = world[at + PEER] == DEAD
-        replaced = inbox & TAKEN_BACK and (
-            not ended or world[NAME] not in (NOBODY, DEAD, me + 1)
-        )
+        replaced = inbox & TAKEN_BACK and (not ended or world[NAME] not in (NOBODY, DEAD, me + 1))
         if replaced:
             after = bytearray(world)
             after[at + INBOX] &= ~TAKEN_BACK
@@ -800,15 +805,14 @@ class Model:
         for me, at in enumerate(self._starts):
             accepts = bool(world[at + OWNS] & ACCEPTS)
             wanted = lives[me] in SERVING or lives[me] == CANARY
-            if accepts != wanted and lives[me] != HOLDING:  # after a canary it still accepts
+            after_canary = lives[me] == HOLDING and self.options.canaries
+            if accepts != wanted and not after_canary:
                 raise Violation(f"{me} is {STATES[lives[me]].name} and accepts: {accepts}")
             if accepts:
                 accepting.append(me)
                 if not world[at + OWNS] & LISTENER:
                     raise Violation(f"{me} accepts without a listener")
-        settled = [
-            me for me in accepting if lives[me] in SERVING and not self._will_go(world, me)
-        ]
+        settled = [me for me in accepting if lives[me] in SERVING and not self._will_go(world, me)]
         if len(settled) > 1:
             raise Violation(f"{settled} accept, and nobody has told them to go")
         self._check_service(world, lives, accepting)
@@ -899,7 +903,7 @@ class Exploration(NamedTuple):
     rows: set[tuple[State, Event]]
 
 
-class Found(Exception):  # noqa: N818 -- it is what is looked for
+class Found(Exception):
     """A violation, with the shortest way to it."""
 
     def __init__(self, why: str, trace: list[Step], world: bytes) -> None:

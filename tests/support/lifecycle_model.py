@@ -431,7 +431,9 @@ class Model:
         after = bytearray(world)
         if not world[at + OWNS] & ASKING:
             if not world[DIRECTORY] or not self._at_home(world, me):
-                return  # its turn is worth nothing where others meet now: FAILED
+                # Its turn is worth nothing where others meet now.
+                self._event(world, me, Event.FAILED, out)
+                return
             after[at + OWNS] |= ASKING
             after[CHILD_NAME] = me + 1
         name = world[NAME]
@@ -867,6 +869,7 @@ class Model:
         could = [me for me, life in enumerate(lives) if life in SERVING or life in REPLACED]
         if not could:
             return
+        accepting = [me for me in accepting if lives[me] in SERVING]
         if len(accepting) != 1:
             raise Violation(f"{accepting} accept, and could: {could}")
         serving = accepting[0]

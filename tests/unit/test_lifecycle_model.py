@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from hotrestart_plugins.lifecycle.table import TABLE, TIMEOUTS, Action, Event, State, Transition
-from tests.lifecycle_model import Found, Options, explore
+from tests.support.lifecycle_model import Found, Options, explore
 
 CANARY_ROWS = {
     (state, event)

@@ -137,6 +137,9 @@ class Model:
         self.broken = options.broken
         self.rows: set[tuple[State, Event]] = set()
         """The rows of the table that were used."""
+        self.used: list[tuple[int, tuple[State, Event]]] = []
+        """Which of the last steps used which row: the number of the step, and the row."""
+        self._out: Steps = []
         self._starts = [HEAD + SIZE * number for number in range(options.instances)]
         self._numbers = range(options.instances)
         self._rows = {
@@ -183,6 +186,7 @@ class Model:
                 raise Violation(f"{STATES[life].name} cannot hear {event.name}")
             return
         self.rows.add((STATES[life], event))
+        self.used.append((len(self._out), (STATES[life], event)))
         world[at + LIFE] = row[0]
         for action in row[1]:
             self._act(world, me, action)
@@ -312,6 +316,7 @@ class Model:
         Raises Violation for a step that must not be possible.
         """
         out: Steps = []
+        self._out, self.used = out, []
         for me, at in enumerate(self._starts):
             life = world[at + LIFE]
             if life == UNSTARTED:

@@ -340,8 +340,8 @@ class Processes:
     def _kept(self, process: Process) -> None:
         self._stack.callback(process.close)
 
-    def instance(self, *prefix: str) -> Instance:
-        """An instance, whose command line begins with `prefix` (strace, unshare)."""
+    def instance(self, *prefix: str, module: str = "tests.support.puppet") -> Instance:
+        """An instance: the program `module`, whose command line begins with `prefix` (strace)."""
         ours, theirs = socket.socketpair()
         log = self._log()
         args = [
@@ -350,7 +350,7 @@ class Processes:
             "-W",
             "error",
             "-m",
-            "tests.support.puppet",
+            module,
             str(theirs.fileno()),
             str(log),
         ]

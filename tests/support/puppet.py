@@ -204,7 +204,7 @@ class Puppet:
         self.socks.clear()
 
 
-def main(line: socket.socket, log: Path) -> NoReturn:
+def main(line: socket.socket, log: Path, kind: type[Puppet] = Puppet) -> NoReturn:
     """Do what comes on `line`, and write to `log`, until the end of this process."""
     status = 1
     try:
@@ -220,7 +220,7 @@ def main(line: socket.socket, log: Path) -> NoReturn:
         logger = logging.getLogger("hotrestart")
         logger.setLevel(logging.DEBUG)
         logger.addHandler(logging.StreamHandler(stream))
-        Puppet(line).run()
+        kind(line).run()
         status = 0
     except BaseException:  # noqa: BLE001 -- the end of the process; the status tells
         with contextlib.suppress(OSError):

@@ -26,7 +26,8 @@ ROWS = sorted(
         (state, event)
         for state, rows in TABLE.items()
         for event in rows
-        if event not in NOT_IN_THE_PRODUCT and state not in {State.CANARY, State.GIVING_BACK}
+        if event not in NOT_IN_THE_PRODUCT
+        and state not in {State.CANARY, State.GIVING_BACK}
         and state is not State.OVERTAKEN
     ),
     key=lambda row: (row[0].name, row[1].name),
@@ -54,9 +55,7 @@ def replay(moves: list[Move], processes: Processes, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "event"), ROWS, ids=[f"{state.name}-{event.name}" for state, event in ROWS]
 )
-def test_a_row_of_the_table(
-    state: State, event: Event, processes: Processes, meet: Path
-) -> None:
+def test_a_row_of_the_table(state: State, event: Event, processes: Processes, meet: Path) -> None:
     """The shortest way to each row that the product has today ends as in the model."""
     replay(traces()[state, event], processes, meet / "d")
 

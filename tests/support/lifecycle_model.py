@@ -276,8 +276,10 @@ class Model:
         for at in self._starts[me + 1 :]:
             life = world[at + LIFE]
             if world[at + HOME] == home and (
-                (life in MAY_BECOME_READY
-                and not ("ticket ends when serving" in self.broken and life in SERVING))
+                (
+                    life in MAY_BECOME_READY
+                    and not ("ticket ends when serving" in self.broken and life in SERVING)
+                )
                 or ("ticket outlives failure" in self.broken and life == LEAVING)
             ):
                 return True
@@ -295,7 +297,7 @@ class Model:
             if number != me
         )
 
-    def _at_home(self, world: bytes, me: int) -> bool:
+    def _at_home(self, world: bytes | bytearray, me: int) -> bool:
         """Whether the directory is still the one in which this instance has its locks."""
         home = world[self._starts[me] + HOME]
         return world[DIRECTORY] == home or "no look at the lock file" in self.broken
@@ -347,7 +349,7 @@ class Model:
             for event in self._timers[life]:
                 self._event(world, me, event, out, TIMER)
             if world[STOPS] and life not in (LEAVING, OVERTAKEN, STOOD_DOWN):
-                self._event(world, me, Event.STOP_ORDERED, out, OUTSIDE, STOPS)
+                self._event(world, me, Event.STOP_ORDERED, out, OUTSIDE, budget=STOPS)
         if world[REMOVALS] and world[DIRECTORY]:
             after = bytearray(world)
             after[NAME] = after[CHILD_NAME] = after[DIRECTORY] = 0
@@ -364,6 +366,7 @@ class Model:
         event: Event,
         out: Steps,
         kind: int = PROGRESS,
+        *,
         budget: int = -1,
     ) -> None:
         after = bytearray(world)
@@ -426,7 +429,7 @@ class Model:
         elif phase == BOOT:
             self._event(world, me, Event.READY, out)
             if world[CANARIES] and world[at + PEER]:
-                self._event(world, me, Event.CANARY_BEGAN, out, OUTSIDE, CANARIES)
+                self._event(world, me, Event.CANARY_BEGAN, out, OUTSIDE, budget=CANARIES)
         self._overtaken(world, me, out)
         self._event(world, me, Event.FAILED, out, OUTSIDE)
 
@@ -515,7 +518,7 @@ class Model:
                 self._look(world, me, out)
             self._event(world, me, Event.FAILED, out, OUTSIDE)
             if world[STOPS]:
-                self._event(world, me, Event.STOP_ORDERED, out, OUTSIDE, STOPS)
+                self._event(world, me, Event.STOP_ORDERED, out, OUTSIDE, budget=STOPS)
         elif phase == CHECK:
             if "no newer ticket" not in self.broken and self._newer(world, me):
                 if not world[at + PEER]:
@@ -608,7 +611,7 @@ class Model:
         self._event(world, me, Event.FAILED, out, OUTSIDE)
         self._overtaken(world, me, out)
         if world[ROLLBACKS]:
-            self._event(world, me, Event.ROLLBACK_ORDERED, out, OUTSIDE, ROLLBACKS)
+            self._event(world, me, Event.ROLLBACK_ORDERED, out, OUTSIDE, budget=ROLLBACKS)
 
     # -- the old instance ----------------------------------------------------------------------
 
@@ -633,7 +636,7 @@ class Model:
             return
         # The word of an old instance that has ended counts if another one serves by now.
         ended = world[at + PEER] == DEAD
-        replaced = inbox & TAKEN_BACK and (not ended or world[NAME] not in (NOBODY, DEAD, me + 1))
+        replaced = inbox & TAKEN_BACK and (not ended or self._another_serves(world, me))
         if replaced:
             after = bytearray(world)
             after[at + INBOX] &= ~TAKEN_BACK
@@ -648,9 +651,9 @@ class Model:
         if world[at + QUEUE]:
             self._message(world, me, out)
         if world[FAILURES]:
-            self._event(world, me, Event.FAILED, out, OUTSIDE, FAILURES)
+            self._event(world, me, Event.FAILED, out, OUTSIDE, budget=FAILURES)
         if world[ROLLBACKS] and world[at + PEER] and life != GIVING_BACK:
-            self._event(world, me, Event.ROLLBACK_ORDERED, out, OUTSIDE, ROLLBACKS)
+            self._event(world, me, Event.ROLLBACK_ORDERED, out, OUTSIDE, budget=ROLLBACKS)
 
     def _reports(self, world: bytes, me: int, out: Steps) -> None:
         """What the workers report; a rollback may have come in between."""
@@ -728,10 +731,14 @@ class Model:
         A dead socket at the name is the sign of a crash, if the directory was not removed. That
         another one serves is told by a lock that it holds, also after its name was lost.
         """
-        home = world[self._starts[me] + HOME]
         if name != DEAD and self._at_home(world, me):
             return True
-        return "no lock for serving" not in self.broken and any(
+        return "no lock for serving" not in self.broken and self._another_serves(world, me)
+
+    def _another_serves(self, world: bytes, me: int) -> bool:
+        """What the locks tell: each instance that serves holds one, from its claim on."""
+        home = world[self._starts[me] + HOME]
+        return any(
             world[at + LIFE] in SERVING or self._commits(world, at)
             for number, at in enumerate(self._starts)
             if number != me and world[at + HOME] == home

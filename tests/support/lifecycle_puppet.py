@@ -13,7 +13,7 @@ import select
 import signal
 import socket
 from collections.abc import Callable
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from hotrestart_plugins import ChildExitAction, HotRestart, Role
@@ -173,11 +173,16 @@ def _put_in_gates(puppet: LifecyclePuppet) -> None:
     """Have this process, and no other, stop at gates; it handles one message at a time."""
     global _puppet  # noqa: PLW0603 -- one instance is one process
     _puppet = puppet
-    rendezvous.DirectoryLocks = _GatedLocks  # type: ignore[misc]
-    hot_restart.RendezvousDirectory = _GatedDirectory  # type: ignore[misc]
-    hot_restart.TakeoverClient = _GatedClient  # type: ignore[misc]
-    takeover_client.ParentConnection = _GatedConnection  # type: ignore[misc]
-    takeover_client.TakeoverServer = _GatedServer  # type: ignore[misc]
+    gated: list[tuple[ModuleType, str, type]] = [
+        (rendezvous, "DirectoryLocks", _GatedLocks),
+        (hot_restart, "RendezvousDirectory", _GatedDirectory),
+        (hot_restart, "TakeoverClient", _GatedClient),
+        (takeover_client, "ParentConnection", _GatedConnection),
+        (takeover_client, "TakeoverServer", _GatedServer),
+    ]
+    for module, name, kind in gated:
+        assert issubclass(kind, getattr(module, name))
+        setattr(module, name, kind)
     takeover_server._BATCH = 1
 
 
@@ -209,11 +214,11 @@ class _GatedConnection(ParentConnection):
         _puppet.pause("ask")
         refused = super()._send(wanted, deadline)
         if not refused:
+            _puppet.waits_for_answer = True
             _puppet._say("result", "asked")
         return refused
 
     def _receive(self, wanted: Address, deadline: float, refused: str) -> Packet:
-        _puppet.waits_for_answer = True
         try:
             return super()._receive(wanted, deadline, refused)
         finally:

@@ -31,6 +31,33 @@ NOT_BUILT = frozenset(
 
 TODAY = Options(crashes=2, removals=1, broken=NOT_BUILT)
 
+_STOPS_AT = {
+    model.CONNECT: "connect",
+    model.ASK: "ask",
+    model.RECEIVE: "asked",
+    model.BIND: "bind",
+    model.BOOT: "booted",
+    model.LOOK: "look",
+    model.CHECK: "claim",
+    model.CLAIM: "claim",
+    model.TELL: "tell",
+    model.COMMIT: "done",
+}
+"""The gate at which an instance stands in a phase, or the answer to the last command."""
+
+_GO = {
+    Event.TURN_CAME.name,
+    "connects",
+    "finds nobody",
+    "asks",
+    "cannot ask",
+    "binds",
+    "looks",
+    "claims the name",
+    "tells the old instance to go",
+}
+"""The steps from one gate to the next."""
+
 _AT_GATE = {model.CONNECT, model.ASK, model.BIND, model.LOOK, model.CLAIM, model.TELL}
 
 
@@ -133,15 +160,10 @@ class Replay:
 
     def _step(self, move: Move, me: int, life: int, phase: int) -> None:
         what = move.step.what
-        gates = {model.ASK: "ask", model.BIND: "bind", model.BOOT: "booted", model.LOOK: "look"}
-        gates |= {model.CONNECT: "connect", model.CLAIM: "claim", model.TELL: "tell"}
-        gates |= {model.CHECK: "claim", model.COMMIT: "done", model.RECEIVE: "asked"}
-        after = gates.get(move.after[HEAD + SIZE * me + model.PHASE], "done")
+        after = _STOPS_AT.get(move.after[HEAD + SIZE * me + model.PHASE], "done")
         if what == "sees no newer ticket":
             return
-        if what in (Event.TURN_CAME.name, "connects", "finds nobody", "asks", "cannot ask"):
-            self._expect(me, after, "go")
-        elif what in ("binds", "looks", "claims the name", "tells the old instance to go"):
+        if what in _GO:
             self._expect(me, after, "go")
         elif what in ("inherits", "misses the old instance"):
             assert self._instances[me].end() == after

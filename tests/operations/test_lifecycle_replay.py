@@ -19,16 +19,13 @@ NOT_IN_THE_PRODUCT = {
     Event.GIVEN_BACK,
     Event.TAKEN_BACK,
     Event.OLD_INSTANCE_ENDED,
-    Event.NEWER_STARTED,
 }
 ROWS = sorted(
     (
         (state, event)
         for state, rows in TABLE.items()
         for event in rows
-        if event not in NOT_IN_THE_PRODUCT
-        and state not in {State.CANARY, State.GIVING_BACK}
-        and state is not State.OVERTAKEN
+        if event not in NOT_IN_THE_PRODUCT and state not in {State.CANARY, State.GIVING_BACK}
     ),
     key=lambda row: (row[0].name, row[1].name),
 )

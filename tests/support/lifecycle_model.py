@@ -281,6 +281,7 @@ class Model:
                     and not ("ticket ends when serving" in self.broken and life in SERVING)
                 )
                 or ("ticket outlives failure" in self.broken and life == LEAVING)
+                or ("ticket lasts to the end" in self.broken and life == STOOD_DOWN)
             ):
                 return True
         return False
@@ -393,7 +394,9 @@ class Model:
 
     def _waiting(self, world: bytes, me: int, out: Steps) -> None:
         at = self._starts[me]
-        if self._turn_is_free(world, world[at + HOME]):
+        # It looks for a newer ticket once it has the turn; what starts later, it sees later.
+        newer = "no newer ticket" not in self.broken and self._newer(world, me)
+        if self._turn_is_free(world, world[at + HOME]) and not newer:
             after = bytearray(world)
             after[at + OWNS] |= TURN
             self._handle(after, me, Event.TURN_CAME)

@@ -187,16 +187,23 @@ def _put_in_gates(puppet: LifecyclePuppet) -> None:
 
 
 class _GatedLocks(DirectoryLocks):
-    def take_turn(self, seconds: float, waiting: Callable[[int], None] | None = None) -> None:
+    def take_turn(
+        self,
+        seconds: float,
+        waiting: Callable[[int], None] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         _puppet.pause("turn")
-        super().take_turn(seconds, waiting)
+        super().take_turn(seconds, waiting, check)
         _puppet.event(Event.TURN_CAME.name)
 
 
 class _GatedDirectory(RendezvousDirectory):
-    def bind_child(self, seconds: float) -> tuple[Endpoint, OwnedPath]:
+    def bind_child(
+        self, seconds: float, check: Callable[[], None] = lambda: None
+    ) -> tuple[Endpoint, OwnedPath]:
         _puppet.pause("connect")
-        return super().bind_child(seconds)
+        return super().bind_child(seconds, check)
 
     def claim_parent(self, then: Callable[[], None]) -> tuple[Endpoint, OwnedPath]:
         _puppet.pause("claim")
@@ -233,6 +240,11 @@ class _GatedClient(TakeoverClient):
         _puppet.pause("look")
         self.takes_over = True
         return super().take_over()
+
+    def _give_way(self) -> None:
+        if self.takes_over and not self.depth:
+            _puppet.pause("check")
+        super()._give_way()
 
     def _parent_gone(self, connection: ParentConnection) -> None:
         _puppet.pause("connect")

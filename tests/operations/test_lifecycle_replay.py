@@ -42,8 +42,9 @@ def replay(moves: list[Move], processes: Processes, directory: Path) -> None:
     for number, move in enumerate(moves):
         try:
             played.play(move)
+            played.compare(move.after)
             if number == len(moves) - 1:
-                played.compare(move.after)
+                played.compare_service(move.after)
         except AssertionError as error:
             steps = [f"{done.step.instance}: {done.step.what}" for done in moves[: number + 1]]
             raise AssertionError("\n".join(["after these steps:", *steps, str(error)])) from error

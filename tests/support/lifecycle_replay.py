@@ -224,30 +224,42 @@ class Replay:
 
     def compare(self, world: bytes) -> None:
         """Raise AssertionError if the processes do not stand as the model does."""
-        accepting: set[int] = set()
-        held = False
-        for me, instance in enumerate(self._instances):
-            at = HEAD + SIZE * me
-            life = world[at + model.LIFE]
-            owns = world[at + model.OWNS]
-            held |= bool(owns & (model.LISTENER | model.ANSWERED))
-            if life in model.OVER:
-                crashed = life == model.CRASHED
-                assert self._statuses[me] == (-signal.SIGKILL if crashed else 0)
-                continue
-            assert me not in self._statuses
-            assert instance.running
-            if world[at + model.PHASE] == model.RECEIVE:
-                continue  # it waits in the product for an answer
-            status = instance.call("status")
-            assert status["state"] == STATES[life].name
-            assert status["accepts"] == bool(owns & model.ACCEPTS)
-            if world[at + model.PHASE] != model.TELL:  # where the name is claimed, not yet owned
-                assert status["has name"] == (world[model.NAME] == me + 1)
-            if status["accepts"]:
-                accepting.add(instance.pid)
+        for me in range(len(self._instances)):
+            self._compare_instance(world, me)
         self._compare_name(world[model.NAME])
-        self._compare_service(accepting, held)
+
+    def compare_service(self, world: bytes) -> None:
+        """Raise AssertionError if another instance answers than in the model, or none."""
+        instances = [
+            (instance.pid, world[HEAD + SIZE * me + model.OWNS])
+            for me, instance in enumerate(self._instances)
+        ]
+        accepting = {pid for pid, owns in instances if owns & model.ACCEPTS}
+        if accepting:
+            with connect(self._address) as sock:
+                assert answer(sock) in accepting
+        elif not any(owns & (model.LISTENER | model.ANSWERED) for _, owns in instances):
+            host, port = self._address.rsplit(":", 1)
+            with socket.socket() as sock:
+                assert sock.connect_ex((host, int(port))) != 0
+
+    def _compare_instance(self, world: bytes, me: int) -> None:
+        at = HEAD + SIZE * me
+        life = world[at + model.LIFE]
+        if life in model.OVER:
+            crashed = life == model.CRASHED
+            assert self._statuses[me] == (-signal.SIGKILL if crashed else 0)
+            return
+        assert me not in self._statuses
+        assert self._instances[me].running
+        if world[at + model.PHASE] == model.RECEIVE:
+            return  # it waits in the product for an answer
+        status = self._instances[me].call("status")
+        assert status["state"] == STATES[life].name
+        assert status["accepts"] == bool(world[at + model.OWNS] & model.ACCEPTS)
+        assert status["has listener"] or not status["accepts"]
+        if world[at + model.PHASE] != model.TELL:  # the name is claimed, but not yet owned
+            assert status["has name"] == (world[model.NAME] == me + 1)
 
     def _compare_name(self, name: int) -> None:
         path = self._directory / PARENT_SOCKET
@@ -261,12 +273,3 @@ class Replay:
             except ConnectionRefusedError:
                 answers = False
         assert answers == (name != model.DEAD)
-
-    def _compare_service(self, accepting: set[int], held: bool) -> None:  # noqa: FBT001
-        if accepting:
-            with connect(self._address) as sock:
-                assert answer(sock) in accepting
-        elif not held:
-            host, port = self._address.rsplit(":", 1)
-            with socket.socket() as sock:
-                assert sock.connect_ex((host, int(port))) != 0

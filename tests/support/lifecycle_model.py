@@ -220,7 +220,8 @@ class Model:
             # It may have to take its name back, should the old instance crash on the way.
             world[at + OWNS] |= STANDBY
             old = world[at + PEER]
-            if 0 < old < DEAD:
+            # The old instance refuses an order that does not come from its new instance.
+            if 0 < old < DEAD and world[self._starts[old - 1] + CHILD] == me + 1:
                 world[self._starts[old - 1] + INBOX] |= GIVEN_BACK
         elif action is Action.KEEP_NAME:
             world[at + OWNS] &= ~STANDBY

@@ -258,9 +258,9 @@ class _GatedClient(TakeoverClient):
 
 
 class _GatedServer(TakeoverServer):
-    def _drop(self, sender: Sender, why: str) -> None:
+    def _drop(self, sender: Sender, why: str, fault: Exception | None = None) -> None:
         _puppet.dropped = True
-        super()._drop(sender, why)
+        super()._drop(sender, why, fault)
 
 
 class _GatedHotRestart(HotRestart):

@@ -12,7 +12,9 @@ import os
 import select
 import signal
 import socket
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -28,7 +30,7 @@ from hotrestart_plugins.core.takeover_client import TakeoverClient
 from hotrestart_plugins.core.takeover_server import TakeoverServer
 from hotrestart_plugins.errors import HotRestartError, NoAnswer
 from hotrestart_plugins.lifecycle.table import Action, Event, Lifecycle
-from tests.support.puppet import Puppet
+from tests.support.puppet import Puppet, main
 
 _TIMEOUT = 30.0  # seconds: longer than a test takes, since timers end on command
 
@@ -269,3 +271,7 @@ class _GatedHotRestart(HotRestart):
     ) -> socket.socket:
         _puppet.pause("bind")
         return super()._bind(address, backlog, mode, v6only=v6only)
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])), Path(sys.argv[2]), LifecyclePuppet)

@@ -14,7 +14,6 @@ from hotrestart_plugins.core.rendezvous import PARENT_SOCKET
 from hotrestart_plugins.lifecycle.table import Event, State
 from tests.support import lifecycle_model as model
 from tests.support.lifecycle_model import HEAD, SIZE, STATES, Model, Options, Step, Violation
-from tests.support.lifecycle_puppet import LifecyclePuppet
 from tests.support.processes import Instance, Processes, Told, answer, connect
 
 NOT_BUILT = frozenset(
@@ -144,7 +143,9 @@ class Replay:
             shutil.rmtree(self._directory)
             return
         if step.what == "starts":
-            self._instances.append(self._processes.instance(kind=LifecyclePuppet))
+            self._instances.append(
+                self._processes.instance(module="tests.support.lifecycle_puppet")
+            )
             self._expect(me, "turn", "start", str(self._directory), self._address)
             return
         at = HEAD + SIZE * me

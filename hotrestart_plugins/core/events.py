@@ -136,6 +136,8 @@ WORKER_START_FAILED = Event(
 RUNNING = Event("running", "info", "Uvicorn running on {place} (Press CTRL+C to quit)")
 HOT_RESTART_READY = Event("hot_restart_ready", "info", "Hot restart: ready")
 
+NAMES_MISSING = Event("names_missing", "warning", "{server} has no {names}: {consequences}")
+
 # -- the running instance --------------------------------------------------------------------------
 
 TAKEOVER_STARTED = Event("takeover_started", "info", "pid {pid} asks for this instance's listeners")
@@ -169,6 +171,16 @@ NEW_INSTANCE_FAILED = Event(
     "warning",
     "pid {pid} ended before it had taken over; serving on",
     outcome="failed",
+)
+
+TAKEOVER_GIVEN_UP = Event(
+    "takeover_given_up",
+    "",
+    "The new instance ended before it had taken over",
+    outcome="failed",
+)
+CALLBACK_FAILED = Event(
+    "callback_failed", "error", "Error while watching for a new instance; this one keeps serving"
 )
 
 # -- the old instance ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The `hotrestart-uvicorn` command: uvicorn's own, and a few options more."""
+"""The `hotrestart-uvicorn` command: that of uvicorn, with a few more options."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from click.core import ParameterSource
 
 from hotrestart_plugins.errors import ConfigurationError
 from hotrestart_plugins.settings import DEFAULTS, OPTIONS, Option, Settings
+from hotrestart_plugins.uvicorn._compat import command as _compat
 from hotrestart_plugins.uvicorn.server import run
-
-# By this way, since the package hides its module `main` behind its command `main`.
-_theirs: Any = importlib.import_module("uvicorn.main")
 
 _EPILOG = (
     "Start the same command again to deploy: the new instance takes the listening sockets over "
@@ -27,7 +25,7 @@ _OPTIONS = [option for option in OPTIONS if option.uvicorn]
 
 
 class _Refused(click.ClickException):
-    """A setting that cannot work; click's own errors, of what it cannot read, have status 2."""
+    """A setting that cannot work. What click cannot read is an error of its own, with status 2."""
 
     exit_code = ConfigurationError.status
 
@@ -47,7 +45,7 @@ def _parameter(option: Option) -> click.Option:
 
 
 def _command() -> click.Command:
-    theirs: click.Command = _theirs.main
+    theirs = _compat.command()
     return click.Command(
         name="hotrestart-uvicorn",
         params=[*theirs.params, *(_parameter(option) for option in _OPTIONS)],
@@ -76,7 +74,7 @@ def _called(**parameters: Any) -> None:
                 )
             if places:
                 given["bind"] = ()  # whatever the environment has
-            if options.get("env_file"):  # uvicorn's Config, which reads it, comes behind this
+            if options.get("env_file"):  # uvicorn's Config reads it only later
                 _load(options["env_file"])
             settings = Settings.gather(given)
         except ConfigurationError as error:
@@ -85,16 +83,14 @@ def _called(**parameters: Any) -> None:
 
     # uvicorn's command turns its options into the arguments of its `run`. Ours takes that place,
     # so that an option of a later uvicorn arrives here without being known here.
-    original = _theirs.run
-    _theirs.run = ours
-    try:
-        _theirs.main.callback(**parameters)
-    finally:
-        _theirs.run = original
+    callback = _compat.command().callback
+    if callback is not None:
+        with _compat.run_replaced_by(ours):
+            callback(**parameters)
 
 
 def _load(env_file: str) -> None:
-    """As uvicorn does: what the environment has set itself stays."""
+    """Read the file as uvicorn does: variables that are set already stay."""
     try:
         dotenv = importlib.import_module("dotenv")
     except ImportError:

@@ -1,7 +1,7 @@
 """A uvicorn server that can stop accepting, drain, and accept again.
 
 uvicorn's own shutdown closes idle connections under requests that are on their way and drops what
-it had accepted and not read (uvicorn#2757, #3023). Here a listener is let go without losing what
+it had accepted and not read (uvicorn#2757, #3023). Here a listener is closed without losing what
 it had accepted, and each open connection is answered once more, with ``Connection: close``.
 
 Used by the launcher, by its workers, and by gunicorn's uvicorn worker.
@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
-import functools
 import logging
 import signal
 import socket
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from collections.abc import Set as AbstractSet
 from types import FrameType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import uvicorn
-from uvicorn.server import ServerState
 
 from hotrestart_plugins.app import drain
+from hotrestart_plugins.core import events
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.draining.event_streams import EventStreams
 from hotrestart_plugins.draining.stats import DrainStats
@@ -40,45 +38,52 @@ from hotrestart_plugins.handover.frames import ConnectionState, HandoverTarget, 
 from hotrestart_plugins.handover.receiver import ConnectionReceiver
 from hotrestart_plugins.handover.sender import ConnectionSender
 from hotrestart_plugins.lifecycle.probe import Probe
-from hotrestart_plugins.uvicorn.connection_adapter import UvicornConnectionAdapter, can_hand_over
-from hotrestart_plugins.uvicorn.drain_tracker import (
-    DrainTracker,
-    announce_close,
-    close_after_response,
-    is_idle,
+from hotrestart_plugins.uvicorn._compat import server as _compat
+from hotrestart_plugins.uvicorn._compat.connections import (
+    Connection,
+    Connections,
+    UvicornConnectionAdapter,
 )
+from hotrestart_plugins.uvicorn._compat.names import has
+from hotrestart_plugins.uvicorn._compat.server import CLOSE, CloseAnnouncement
+from hotrestart_plugins.uvicorn._compat.table import Feature
+from hotrestart_plugins.uvicorn.drain_tracker import DrainTracker
 
-CLOSE = (b"connection", b"close")
 _POLL_INTERVAL = 0.1  # seconds between two looks at what is still open; uvicorn's own pace
 _POLL_INTERVAL_IN_HANDOVER = 0.01  # the same while connections are on their way to the successor
 _POLL_INTERVAL_EACH = 1e-4  # for each connection, between two looks at all: each takes 2 or 3 us
 _NEW_INSTANCE_DEATH_GRACE = 0.5
 """Seconds for the word that the new instance has died: its channels end before it."""
+_ABORT_GRACE = 0.1  # seconds for the last words of what is aborted; uvicorn's own
 _EXIT_GRACE = 1.0  # seconds for the app's side of what was brought to its end at the last moment
 
-logger = logging.getLogger("uvicorn.error")
+
+def new_journal() -> Journal:
+    """Return a journal of this process, which writes to the log of uvicorn."""
+    return Journal(logging.getLogger("uvicorn.error"))
 
 
 class DrainingServer(uvicorn.Server):
-    """A `uvicorn.Server` whose listeners can be let go and taken up again."""
+    """A `uvicorn.Server` that can stop accepting and drain, and accept again."""
 
     on_created: ClassVar[Callable[[DrainingServer], None] | None] = None
-    """Called with each new instance, for whoever does not make it himself."""
+    """Called with each new server, for code that does not construct it itself."""
 
     drain_timeout = 60.0
     """Seconds that a drain may take where uvicorn's --timeout-graceful-shutdown says nothing."""
 
     drain_on_stop = True
-    """Whether a plain stop takes the care of a drain, too."""
+    """Whether a plain stop drains, too."""
 
     shares_listeners = False
     """Whether somebody else accepts on the same listeners when this server stops."""
 
     probe: Probe | None = None
-    """What the app is asked before this server accepts anything."""
+    """The health check that must pass before this server accepts anything."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.journal = new_journal()
         self.paused = False
         self.stats = DrainStats()
         """What the last drain did."""
@@ -87,62 +92,61 @@ class DrainingServer(uvicorn.Server):
         """Duplicates of the listeners, for a pause: there may be no room for a descriptor then."""
         self._streams = EventStreams()
         self._tracker: DrainTracker | None = None
-        self._sender: ConnectionSender[Any] | None = None
+        self._sender: ConnectionSender[Connection] | None = None
         self._announcing: asyncio.TimerHandle | None = None
         self._receivers: dict[Side, ConnectionReceiver] = {}
-        self._adopter: ConnectionAdopter[asyncio.Protocol] | None = None
+        self._adopter: ConnectionAdopter[Connection] | None = None
+        self._aborting: asyncio.Task[None] | None = None
         self._drain_deadline = 0.0
-        self._leaving: weakref.WeakSet[Any] | None = None
-        """The connections that were asked to leave; None: none shall."""
+        self._told: weakref.WeakSet[Connection] = weakref.WeakSet()
+        """The connections that know that they close."""
         if self.on_created is not None:
             type(self).on_created(self)  # type: ignore[misc]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's. The probe comes between the lifespan and the listeners.
-
-        Raises NotReady if the probe fails. WebSocket handshakes are kept from the headers of a
-        drain.
-        """
-        if self.config.ws_protocol_class is not None:
-            self.config.ws_protocol_class = functools.partial(  # type: ignore[assignment]
-                _websocket, self.config.ws_protocol_class
-            )
-        self.config.loaded_app = self._streams.wrap(self.config.loaded_app)
+        """Start the app, ask the probe, and accept. Raises NotReady if the probe fails."""
+        self._is = Connections(self.config)
+        self._adapter = UvicornConnectionAdapter(self._is)
+        self._close = CloseAnnouncement(self)
+        if has(Feature.EVENT_STREAMS):
+            _compat.wrap_app(self.config, self._streams.wrap)
         if self.probe is not None:
-            self.lifespan.startup = functools.partial(
-                self._start_and_probe, self.lifespan.startup, self.probe
-            )
+            _compat.wrap_startup(self, self._start_and_probe)
         await super().startup(sockets=sockets)
-        if self.started:
-            self._listeners = list(sockets or _listeners_of(self.servers))
+        if _compat.has_started(self):
+            self._listeners = list(sockets or _compat.listeners_of(self))
             self._spares = duplicate_listeners(self._listeners)
 
-    async def _start_and_probe(self, start: Callable[[], Any], probe: Probe) -> None:
+    async def _start_and_probe(self, start: Callable[[], Awaitable[None]]) -> None:
         await start()
-        if self.lifespan.should_exit:
+        if self.probe is None or _compat.app_failed(self):
             return
         try:
-            await probe.run(self._protocol)
+            await self.probe.run(self._protocol)
         except BaseException:
-            await self.lifespan.shutdown()
+            await _compat.stop_app(self)
             raise
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; however it ends, no listener stays open."""
+        """Serve until told to stop; however that ends, no listener stays open."""
         try:
             await super().serve(sockets)
         finally:
             self._close_spares()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As uvicorn's; who presses Ctrl-C does not want to wait for idle connections."""
+        """Note a signal that stops the server. After Ctrl-C it waits for no idle connection."""
         if sig == signal.SIGINT:
             self.drain_on_stop = False
         super().handle_exit(sig, frame)
 
+    def forget_signals(self) -> None:
+        """End by returning from `serve`, and not by the signal that has stopped this server."""
+        _compat.forget_signals(self)
+
     @property
     def limit_max_requests(self) -> int | None:
-        """As uvicorn's; none while it is paused, so that it stays to accept again."""
+        """The limit of ``--limit-max-requests``; None while paused, to be able to accept again."""
         return None if self.paused else super().limit_max_requests
 
     # -- accepting -----------------------------------------------------------------------------
@@ -154,30 +158,31 @@ class DrainingServer(uvicorn.Server):
         listeners stay open, so that `resume` can accept on them again. A stop that follows without
         a `drain` waits for what is open, `drain_timeout` from now at most.
         """
-        if self.paused or not self.started:
+        if self.paused or not _compat.has_started(self):
             return
         kept, self._spares = self._spares or duplicate_listeners(self._listeners), []
         self.paused = True
         self._drain_deadline = time.monotonic() + self.drain_timeout
         loop = asyncio.get_running_loop()
-        await stop_accepting(self.servers, [one.fileno() for one in self._listeners])
-        self.servers = []
+        servers = _compat.asyncio_servers(self)
+        await stop_accepting(servers, [sock.fileno() for sock in self._listeners])
+        servers.clear()
         self._listeners = kept
-        self._tracker = DrainTracker(self.server_state, self._streams)
+        self._tracker = DrainTracker(self, self._is, self._streams)
         drain.set()
-        if target is not None and can_hand_over(self.config):
+        if target is not None and self._is.can_be_handed_over:
             self._sender = ConnectionSender(
                 target,
-                UvicornConnectionAdapter(),
+                self._adapter,
                 loop=loop,
                 on_failure=self._on_handover_failure,
-                journal=Journal(logger),
+                journal=self.journal,
             )
-        if self._sender is None or not await offer_all(self._sender, self.server_state.connections):
+        if self._sender is None or not await offer_all(self._sender, self._connections):
             self._announce_close()
 
     def _on_handover_failure(self) -> None:
-        """The successor takes no connections any more; or it has died, and `resume` comes next."""
+        """The new instance receives no more connections; if it has crashed, `resume` is next."""
         if self.paused and self._sender is not None:
             loop = asyncio.get_running_loop()
             self._announcing = loop.call_later(_NEW_INSTANCE_DEATH_GRACE, self._announce_close)
@@ -186,6 +191,9 @@ class DrainingServer(uvicorn.Server):
         """Accept again, after `pause`."""
         if not self.paused:
             return
+        if self._aborting is not None:
+            await self._aborting
+            self._aborting = None
         if self._announcing is not None:
             self._announcing.cancel()
             self._announcing = None
@@ -197,19 +205,17 @@ class DrainingServer(uvicorn.Server):
             handed_over = sender.handed_over if sender is not None else frozenset()
             self.stats = self._tracker.stats(handed_over, abort=False)
             # Else the limit that they have reached would end it as soon as it serves again.
-            self.server_state.total_requests -= self.stats.requests
-        announced = self._leaving is not None
-        self._tracker = self._leaving = None
+            _compat.forget_answered(self, self.stats.requests)
+        self._tracker = None
         drain.clear()
-        if announced:  # it comes last, behind a header of the user's own that may be the same
-            self.config.encoded_headers = self.config.encoded_headers[:-1]
-            # A list of its own: responses under way keep theirs, and close.
-            self.server_state.default_headers = self.server_state.default_headers[:-1]
+        self._close.end()
+        self._told.clear()
         loop = asyncio.get_running_loop()
-        for one in self._listeners:
-            self.servers.append(
+        tls = _compat.tls_context(self.config)
+        for sock in self._listeners:
+            _compat.asyncio_servers(self).append(
                 await loop.create_server(
-                    self._protocol, sock=one, ssl=self.config.ssl, backlog=self.config.backlog
+                    self._protocol, sock=sock, ssl=tls, backlog=self.config.backlog
                 )
             )
         with contextlib.suppress(OSError):  # no room now; the next pause tries again
@@ -217,33 +223,28 @@ class DrainingServer(uvicorn.Server):
         self.paused = False
 
     def _protocol(self) -> asyncio.Protocol:
-        return self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+        return _compat.make_protocol(self)
+
+    @property
+    def _connections(self) -> set[Connection]:
+        return _compat.open_connections(self)
 
     def _announce_close(self) -> None:
-        """Have every answer from now on carry ``Connection: close``: all parsers honour it."""
-        if self._leaving is not None:
-            return
-        # Once a second uvicorn makes its default headers anew from these.
-        self.config.encoded_headers = [*self.config.encoded_headers, CLOSE]
-        # Responses under way hold this very list.
-        self.server_state.default_headers.append(CLOSE)
-        self._leaving = weakref.WeakSet()
-        self._announce_close_to_all()
+        """Have every answer from now on carry ``Connection: close``."""
+        if not self._close.is_on:
+            self._close.begin()
+            self._announce_close_to_all()
 
     def _announce_close_to_all(self) -> None:
-        """Ask each connection once, be it that it only now turns out to be HTTP/2."""
-        if self._leaving is None:
+        """Tell each connection once; some turn out to be HTTP/2 only later."""
+        if not self._close.is_on:
             return
-        for connection in [
-            one for one in self.server_state.connections if one not in self._leaving
-        ]:
-            self._leaving.add(connection)
+        for connection in [each for each in self._connections if each not in self._told]:
+            self._told.add(connection)
             try:
-                announce_close(connection, CLOSE)
-            except Exception:  # the others, and the drain itself, do not depend on it
-                logger.exception("A connection cannot be told that it closes")
+                self._is.announce_close(connection, CLOSE)
+            except Exception as error:  # noqa: BLE001 (the others and the drain do not need it)
+                self.journal.emit(events.CLOSE_NOT_ANNOUNCED, traceback=error)
 
     def receive(self, target: HandoverTarget) -> None:
         """Adopt what the other instance of a takeover hands over, until this server shuts down.
@@ -252,7 +253,7 @@ class DrainingServer(uvicorn.Server):
         back. A second call for the same side replaces the receiver of the first. A handover by
         this server ends with the call, or it would send straight back what it receives.
         """
-        if not can_hand_over(self.config):
+        if not self._is.can_be_handed_over:
             return
         loop = asyncio.get_running_loop()
         if self._sender is not None:
@@ -262,14 +263,14 @@ class DrainingServer(uvicorn.Server):
         if self._adopter is None:
             self._adopter = ConnectionAdopter(loop, self._protocol, self._on_adopted)
         receiver = ConnectionReceiver.open(
-            target, self._adopter.adopt, loop=loop, journal=Journal(logger)
+            target, self._adopter.adopt, loop=loop, journal=self.journal
         )
         if receiver is not None:
             self._receivers[target.side] = receiver
 
-    def _on_adopted(self, connection: Any, state: ConnectionState) -> None:
+    def _on_adopted(self, connection: Connection, state: ConnectionState) -> None:
         if state is ConnectionState.IDLE:
-            UvicornConnectionAdapter().start_keep_alive(connection)
+            self._adapter.start_keep_alive(connection)
         if self._sender is not None:  # this instance was replaced meanwhile, too
             self._sender.add(connection)
 
@@ -278,31 +279,31 @@ class DrainingServer(uvicorn.Server):
     async def drain(self, seconds: float, *, linger: float | None = None) -> bool:
         """Pause, then wait until nothing is open, `seconds` at most; whether that is so.
 
-        From half of the time on those close that have answered and could not move, behind one more
-        answer. In the last part WebSockets and event streams are brought to their end, spread out.
-        `linger`: close what is idle after so many seconds; None: leave it to its own timeout.
+        In the second half of the time, connections that could not be handed over after their answer
+        are closed after one more. In the last part, WebSockets and event streams are ended, spread
+        out. `linger`: close what is idle after so many seconds; None: leave it to its own timeout.
         """
         await self.pause()
         begun = time.monotonic()
         self._drain_deadline = begun + seconds
-        tracker = self._tracker or DrainTracker(self.server_state, self._streams)
+        tracker = self._tracker or DrainTracker(self, self._is, self._streams)
         look_at_all = begun
-        while self._open() and not self.force_exit:
+        while self._open() and not _compat.is_forced(self):
             now = time.monotonic()
             if now >= look_at_all:
                 self._offer_again()
-                look_at_all = now + len(self.server_state.connections) * _POLL_INTERVAL_EACH
+                look_at_all = now + len(self._connections) * _POLL_INTERVAL_EACH
             if now >= begun + seconds / 2 and self._sender is not None:
-                for connection in self._sender.unfinished & self.server_state.connections:
-                    close_after_response(connection, CLOSE)
+                for connection in self._sender.unfinished & self._connections:
+                    self._is.close_after_response(connection, CLOSE)
             self._announce_close_to_all()
             tracker.spread(max(0.0, self._drain_deadline - now), seconds)
             if now >= self._drain_deadline + (_EXIT_GRACE if tracker.ended else 0.0):
                 break
             if linger is not None and now >= begun + linger:
-                for connection in list(self.server_state.connections):
-                    if is_idle(connection):
-                        connection.shutdown()
+                for connection in list(self._connections):
+                    if self._is.is_idle(connection):
+                        self._is.shut_down(connection)
             moving = self._sender is not None and self._sender.busy
             await asyncio.sleep(_POLL_INTERVAL_IN_HANDOVER if moving else _POLL_INTERVAL)
         tracker.cancel()
@@ -310,20 +311,20 @@ class DrainingServer(uvicorn.Server):
         return not self._open()
 
     def _offer_again(self) -> None:
-        """Offer those, too, that had something left to be written or read behind their answer."""
+        """Offer the connections again that had something left to write or to read at first."""
         if self._sender is not None and self._sender.all_offered:
-            self._sender.offer_all(self.server_state.connections)
+            self._sender.offer_all(self._connections)
 
     @property
-    def _handed_over(self) -> AbstractSet[Any]:
+    def _handed_over(self) -> AbstractSet[Connection]:
         return self._sender.handed_over if self._sender is not None else frozenset()
 
     def _open(self) -> int:
         arriving = self._adopter.pending if self._adopter is not None else 0
-        return len(self.server_state.connections) + len(self.server_state.tasks) + arriving
+        return len(self._connections) + len(_compat.open_tasks(self)) + arriving
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain where that is due, then as uvicorn's."""
+        """Drain if that is due, close the rest, and shut the app down."""
         if self.paused:
             await self.drain(max(0.0, self._drain_deadline - time.monotonic()))
         elif self.drain_on_stop:
@@ -338,67 +339,62 @@ class DrainingServer(uvicorn.Server):
         if self._sender is not None:
             self._sender.close()
         if self.paused:
-            self._abort_open()
-            self._close_listeners()
+            self.abort()
+            if self._aborting is not None:
+                await self._aborting
+            if self._open():
+                # It has had its time: uvicorn would wait again, without an end.
+                self.config.timeout_graceful_shutdown = 0
+            self.close_listeners()
         self._close_spares()
         await super().shutdown(sockets)
 
     async def _stop_accepting(self) -> None:
         """Without a new instance: accept what waits in the listeners' queues, and close them.
 
-        Whoever connects later is refused at once, and a proxy turns to the next server.
+        A client that connects later is refused at once, and a proxy turns to the next server.
         """
         await self.pause()
         loop = asyncio.get_running_loop()
         tasks = []
-        for one in [] if self.shares_listeners else self._listeners:
+        for listener in [] if self.shares_listeners else self._listeners:
             with contextlib.suppress(OSError):  # its queue is empty
                 while True:
-                    sock, _ = one.accept()
+                    sock, _ = listener.accept()
                     sock.setblocking(False)
                     waiting = loop.connect_accepted_socket(
-                        self._protocol, sock, ssl=self.config.ssl
+                        self._protocol, sock, ssl=_compat.tls_context(self.config)
                     )
                     tasks.append(loop.create_task(waiting))
         self.listeners_closing()
-        self._close_listeners()
+        self.close_listeners()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def listeners_closing(self) -> None:
-        """Close whatever else keeps the listeners open; for whoever holds copies of them."""
+        """Close other copies of the listeners, in a subclass that has any."""
 
-    def _close_listeners(self) -> None:
-        for one in self._listeners:
-            one.close()
+    def close_listeners(self) -> None:
+        """Close the copies of the listeners, after `pause`; `resume` can accept no more then."""
+        for sock in self._listeners:
+            sock.close()
         self._listeners = []
 
     def _close_spares(self) -> None:
-        for one in self._spares:
-            one.close()
+        for sock in self._spares:
+            sock.close()
         self._spares = []
 
-    def _abort_open(self) -> None:
-        if self._open():
-            logger.warning("The drain timeout is over: %s", self.stats.aborted_text())
-            # What a drain had time for has had it: uvicorn would wait again, without an end.
-            self.config.timeout_graceful_shutdown = 0
+    def abort(self) -> None:
+        """Close what is still open, since its time is over. `shutdown` waits for that."""
+        if self._open() and self._aborting is None:
+            self.journal.emit(events.DRAIN_TIMED_OUT, aborted=self.stats.aborted_text())
+            self._aborting = asyncio.get_running_loop().create_task(self._abort())
 
-
-def _listeners_of(servers: Sequence[asyncio.AbstractServer]) -> list[Any]:
-    return [one for server in servers for one in getattr(server, "sockets", ())]
-
-
-def _without_close(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    return [header for header in headers if header != CLOSE]
-
-
-def _websocket(
-    protocol_class: Callable[..., asyncio.Protocol], *args: Any, **kwargs: Any
-) -> asyncio.Protocol:
-    """Make the WebSocket protocol; a 101 must not say that the connection closes."""
-    state: ServerState = kwargs["server_state"]
-    if CLOSE in state.default_headers:
-        state = copy.copy(state)
-        state.default_headers = _without_close(state.default_headers)
-        kwargs["server_state"] = state
-    return protocol_class(*args, **kwargs)
+    async def _abort(self) -> None:
+        for connection in list(self._connections):
+            self._is.shut_down(connection)
+        for task in list(_compat.open_tasks(self)):
+            task.cancel()
+        await asyncio.sleep(_ABORT_GRACE)
+        for connection in list(self._connections):
+            self._is.abort(connection)  # its client does not read

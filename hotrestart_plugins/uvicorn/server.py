@@ -1,11 +1,9 @@
-"""`run` and `Server`: take over, serve, be replaced."""
+"""`run` and `Server`: one process that takes over, serves, and is replaced."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
-import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -13,39 +11,42 @@ from typing import Any
 
 import uvicorn
 
-from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady, Overtaken
+from hotrestart_plugins.core import events
+from hotrestart_plugins.errors import ConfigurationError, HotRestartError, NotReady
 from hotrestart_plugins.lifecycle.probe import Probe
+from hotrestart_plugins.lifecycle.table import Event
 from hotrestart_plugins.settings import Settings
-from hotrestart_plugins.uvicorn.draining_server import DrainingServer
+from hotrestart_plugins.uvicorn._compat import server as _compat
+from hotrestart_plugins.uvicorn._compat.names import has, say_what_is_missing
+from hotrestart_plugins.uvicorn._compat.table import Feature
+from hotrestart_plugins.uvicorn.draining_server import DrainingServer, new_journal
 from hotrestart_plugins.uvicorn.lifecycle_driver import LifecycleDriver
 from hotrestart_plugins.uvicorn.startup_watchdog import StartupWatchdog
-from hotrestart_plugins.uvicorn.supervisor import Supervisor
 from hotrestart_plugins.uvicorn.takeover import Takeover
-
-logger = logging.getLogger("uvicorn.error")
 
 
 class _Stopped(Exception):
-    """Told to stop while it started, and somebody else serves."""
+    """This instance was told to stop while it started, and another one serves."""
 
 
 class Server(DrainingServer):
-    """A `uvicorn.Server` that takes its listeners over from a running instance, and hands them on.
+    """A `uvicorn.Server` that takes over from the running instance, and can be replaced itself.
 
+    With a uvicorn that lacks what hot restart needs (see `run`), this class cannot be used.
     `run()` for a process of its own; `await serve()` inside a program that has a loop already.
     """
 
     def __init__(self, config: uvicorn.Config, settings: Settings | None = None) -> None:
-        """`settings`: those of the environment if None. Raises ConfigurationError."""
+        """`settings`: read from the environment if None. Raises ConfigurationError."""
         super().__init__(config)
+        say_what_is_missing(self.journal)
         self.settings = Settings.gather() if settings is None else settings
         self.drain_timeout = self.settings.drain_timeout
         self.probe = Probe.of(self.settings, f"{config.host}:{config.port}")
-        self._takeover = Takeover(config, self.settings)
+        self._takeover = Takeover(config, self.settings, self.journal)
+        self._driver = LifecycleDriver(self._takeover, self, self.journal)
         self._watchdog: StartupWatchdog | None = None
-        self._driver: LifecycleDriver | None = None
         self._listeners_taken: list[socket.socket] | None = None
-        self._failure: Exception | None = None
         self._step = "the startup of its lifespan"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
@@ -53,140 +54,133 @@ class Server(DrainingServer):
 
         `sockets`: listeners to serve on, without a takeover.
         """
-        self._watchdog = StartupWatchdog(self._hangs)
+        self._watchdog = StartupWatchdog(self._on_hang)
         try:
-            if sockets is None:
-                self._listeners_taken = self._listen()
-            super().run(sockets)
+            self._listeners_taken = self._driver.begin(sockets)
+            super().run(self._listeners_taken)
         except Exception as error:
-            if self.started and error is not self._failure:
+            if _compat.has_started(self) and error is not self._driver.failure:
                 raise
-            # What there is to say of it was said where it happened.
+            self._takeover.say_overtaken()  # any other reason is in the log already
             sys.exit(error.status if isinstance(error, HotRestartError) else NotReady.status)
         finally:
             self._watchdog.disarm()
 
-    def _listen(self) -> list[socket.socket]:
-        try:
-            return self._takeover.listen()
-        except Exception as error:
-            self._takeover.failed(error)
-            if isinstance(error, Overtaken):
-                self._takeover.say_overtaken(error)
-            raise
-
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """As `run`, on the running loop; raises HotRestartError where it could not take over."""
-        if sockets is None:
-            sockets = self._listeners_taken
-        if sockets is None:
-            # It may wait for its turn, and what else runs on this loop must not wait with it.
-            sockets = await asyncio.to_thread(self._listen)
+        """Serve until told to stop, on the running loop.
+
+        Raises HotRestartError if this instance could not take over.
+        """
+        if self._listeners_taken is None:
+            # Waiting for the turn must not block what else runs on this loop.
+            self._listeners_taken = await asyncio.to_thread(self._driver.begin, sockets)
+        listeners = self._listeners_taken
         if self._watchdog is not None:
             self._watchdog.arm(self.settings.ready_timeout)
         try:
-            if not self.config.loaded:  # before uvicorn takes the signals: imports heed none then
-                self.config.load()
-            await super().serve(sockets)
+            _compat.load(self.config)  # before uvicorn handles signals: an import ignores them
+            await super().serve(listeners)
         except (Exception, SystemExit) as error:
-            if self.started:
+            if _compat.has_started(self):
                 raise
-            self._takeover.failed(error)
-            if isinstance(error, SystemExit):  # of whatever status: the app's may be 0
+            self._driver.fail(error)
+            if isinstance(error, SystemExit):  # whatever the status, and the app's may be 0
                 raise SystemExit(NotReady.status) from error
             raise
         finally:
-            for one in sockets:
-                one.close()
-            self._end(crashed=True)
-        if isinstance(self._failure, Overtaken):
-            self._takeover.say_overtaken(self._failure)
-        if self._failure is not None:
-            raise self._failure
+            for sock in listeners:
+                sock.close()
+            self._driver.end()
+            self._close_takeover()
+        if self._driver.failure is not None:
+            raise self._driver.failure
 
-    def _end(self, *, crashed: bool) -> None:
-        if self._driver is not None:
-            self._driver.stop()
-            self._driver = None
-        self._takeover.close(crashed=crashed)
+    def _close_takeover(self) -> None:
+        self._driver.stop()
+        self._takeover.close()
 
     def listeners_closing(self) -> None:
-        """A plain stop: close the copies that a successor would have got."""
-        self._end(crashed=False)
+        """On a plain stop: close the copies that a new instance would have been given."""
+        self._close_takeover()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's."""
+        """Finish the drain, if this instance was replaced, and shut down."""
+        self._driver.report(Event.STOP_ORDERED)
+        await self._driver.drained()
         await super().shutdown(sockets)
-        # Here, since uvicorn ends with the signal that stopped it, and nothing comes after that.
-        self._end(crashed=False)
+        # Here, since uvicorn raises the signal that stopped it again, and nothing runs after that.
+        self._close_takeover()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then this instance is ready, and the parent, if any, is told to go.
+        """Start the app and the listeners; then tell the old instance, if there is one, to go.
 
-        One that was stopped meanwhile takes nothing over.
+        An instance that was told to stop meanwhile does not take over.
         """
-        self.lifespan.startup = functools.partial(self._start_unless_stopped, self.lifespan.startup)
+        _compat.wrap_startup(self, self._start_unless_stopped)
         try:
             await super().startup(sockets)
         except _Stopped:
-            self._end(crashed=False)
+            self._driver.report(Event.STOP_ORDERED)
+            self._close_takeover()
             return
-        if not self.started:
+        if not _compat.has_started(self):
             return
         if self._watchdog is not None:
             self._watchdog.disarm()
         if self.should_exit and self._takeover.is_child:
-            # The clients are the parent's, and know nothing of a second Ctrl-C.
-            self.shares_listeners = self.drain_on_stop = True
-            self.force_exit = False
+            # The clients are the old instance's, and know nothing of a second Ctrl-C.
+            self.drain_on_stop = True
+            _compat.unforce(self)
+            self._driver.report(Event.STOP_ORDERED)
             return
         try:
             target = self._takeover.handover_target
             if target is not None:
                 self.receive(target)
-            hot = self._takeover.ready(sockets or [])
         except (HotRestartError, OSError) as error:
-            # The listeners are the parent's still: what was accepted meanwhile is answered.
-            self._takeover.failed(error)
-            self._failure = error
-            self.shares_listeners = self.should_exit = True
-            return
-        if hot is not None:
-            self._driver = LifecycleDriver(hot, self._takeover.directory, self.settings, self)
+            self._driver.fail(error)
+        else:
+            self._driver.report(Event.READY)
+
+    def take_over(self) -> None:
+        """Claim the parent socket's name, and tell the old instance to go."""
+        self._takeover.ready()
 
     async def all_paused(self) -> bool:
-        """At once: behind `pause` nobody accepts."""
+        """Return True at once: after `pause` nobody accepts."""
         return True
 
     async def _start_unless_stopped(self, start: Callable[[], Awaitable[None]]) -> None:
-        """The lifespan's startup; raises _Stopped where nothing is to be accepted behind it."""
+        """Start the lifespan; raises _Stopped if this instance shall not accept after it."""
         await start()
         self._step = "the probe"
-        if self.should_exit and self._takeover.is_child and not self.lifespan.should_exit:
-            if not self.force_exit:
-                await self.lifespan.shutdown()
+        if self.should_exit and self._takeover.is_child and not _compat.app_failed(self):
+            if not _compat.is_forced(self):
+                await _compat.stop_app(self)
             raise _Stopped
 
     def shut_down(self) -> None:
-        """End, with status 0."""
+        """Have uvicorn shut down and exit, with status 0 if nothing has failed."""
+        # The old instance answers what waits in the listeners that both have.
+        self.shares_listeners = self._takeover.is_child
         self.should_exit = True
 
-    def _hangs(self, where: str | None) -> int:
+    def _on_hang(self, where: str | None) -> int:
         place = f"hangs at {where}" if where else f"waits in {self._step}"
         error = NotReady(
             f"the app was not ready within {self.settings.ready_timeout:g} s, it {place}: "
             "mend it, or pass a longer --ready-timeout"
         )
-        self._takeover.failed(error)
+        self._driver.fail(error, Event.READY_TIMED_OUT)
         self._takeover.close()
         return error.status
 
 
 def run(app: Any, *, hot_restart: Settings | None = None, **options: Any) -> None:
-    """`uvicorn.run`, with hot restarts: every argument of it, and `hot_restart`.
+    """Run an app as `uvicorn.run` does, with hot restarts; takes every argument that it takes.
 
-    `hot_restart`: the settings; those of the environment if None.
-    Raises SystemExit where the server could not start, with the status that says why.
+    `hot_restart`: the settings; read from the environment if None.
+    Raises SystemExit with the status that says why the server could not start.
     """
     app_dir = options.pop("app_dir", None)
     if app_dir is not None:
@@ -198,15 +192,27 @@ def run(app: Any, *, hot_restart: Settings | None = None, **options: Any) -> Non
             if settings.bind:
                 raise ConfigurationError("--reload takes no --bind: use --host and --port")
             return uvicorn.run(app, **options)
+        needed = Feature.SUPERVISOR if config.workers > 1 else Feature.HOT_RESTART
+        if not (has(Feature.HOT_RESTART) and has(needed)):
+            say_what_is_missing(new_journal())
+            if settings.bind:
+                raise ConfigurationError(
+                    "--bind needs hot restart, which does not work with this uvicorn: "
+                    "use --host and --port"
+                )
+            return uvicorn.run(app, **options)
         if config.workers > 1:
             if not isinstance(app, str):
                 raise ConfigurationError(
                     "several workers import the app themselves: pass it as 'module:app'"
                 )
+            # Here, since nothing of it can be imported if uvicorn has no such supervisor.
+            from hotrestart_plugins.uvicorn.supervisor import Supervisor  # noqa: PLC0415
+
             return Supervisor(config, settings).run()
         return Server(config, settings).run()
     except HotRestartError as error:
-        logger.error("%s", error)  # noqa: TRY400 (one line says it all)
+        new_journal().emit(events.CONFIGURATION_REFUSED, error=error)
         sys.exit(error.status)
     except KeyboardInterrupt:
         return None

@@ -1,9 +1,9 @@
 """A worker process of `--workers N`, and its link with the supervisor.
 
-The link is a pair of SOCK_SEQPACKET sockets for each worker. Down it go ``pause``, with the end of
-the drain and the successor behind it, and ``resume``; up it come ``ready``, ``paused``, and
-``drained`` with its statistics behind it; what is behind a word is JSON. Its end tells either side
-that the other is gone.
+The link is a pair of SOCK_SEQPACKET sockets for each worker. The supervisor sends ``pause``, with
+the end of the drain and the instance that gets the connections, ``resume``, and ``stand-down``: do
+not accept again. The worker sends ``ready``, ``paused``, and ``drained`` with its statistics. What
+follows a word is JSON. The end of the link tells either side that the other one has ended.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.supervisors import multiprocess
 
+from hotrestart_plugins.core import events
 from hotrestart_plugins.errors import NotReady
 from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.lifecycle.probe import Probe
 from hotrestart_plugins.settings import Settings
+from hotrestart_plugins.uvicorn._compat import server as _compat
+from hotrestart_plugins.uvicorn._compat.supervisor import Process
 from hotrestart_plugins.uvicorn.draining_server import DrainingServer
 from hotrestart_plugins.uvicorn.takeover import Takeover
 
-READY, PAUSE, PAUSED, RESUME, DRAINED = b"ready", b"pause", b"paused", b"resume", b"drained"
+READY, PAUSED, DRAINED = b"ready", b"paused", b"drained"
+PAUSE, RESUME, STAND_DOWN = b"pause", b"resume", b"stand-down"
 MAX_MESSAGE = 4096  # bytes; no message is longer
-
-logger = logging.getLogger("uvicorn.error")
 
 
 class WorkerServer(DrainingServer):
@@ -56,17 +57,17 @@ class WorkerServer(DrainingServer):
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's. What a worker cannot serve for is one line, and the exit status."""
+        """Serve until told to stop. Raises SystemExit, after one line, if the probe fails."""
         try:
             await super().serve(sockets)
         except NotReady as error:
-            logger.error("Worker [%d] failed to start: %s", os.getpid(), error)  # noqa: TRY400
+            self.journal.emit(events.WORKER_START_FAILED, pid=os.getpid(), error=error)
             sys.exit(error.status)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then tell the supervisor, and listen to it."""
+        """Start the app and the listeners; then tell the supervisor, and listen to it."""
         await super().startup(sockets)
-        if self.started:
+        if _compat.has_started(self):
             self._link.setblocking(False)
             asyncio.get_running_loop().add_reader(self._link.fileno(), self._on_command)
             if self._handover_target is not None:
@@ -78,46 +79,54 @@ class WorkerServer(DrainingServer):
             self._link.send(word)
 
     def _on_command(self) -> None:
-        """Obey the last word: the others are out of date if this loop was held up meanwhile."""
-        message = None
+        """Obey what has come. If this loop was held up meanwhile, the older words are outdated."""
+        messages: list[bytes] = []
         try:
-            while message != b"":
-                message = self._link.recv(MAX_MESSAGE)
+            while not messages or messages[-1]:
+                messages.append(self._link.recv(MAX_MESSAGE))
         except BlockingIOError:
             pass
         except OSError:
-            message = b""
+            messages.append(b"")
         loop = asyncio.get_running_loop()
-        if message:
-            self._following = loop.create_task(self._follow(message, self._following))
-        elif message is not None:
+        if messages and not messages[-1]:
             # The supervisor is gone. An orphan would go on serving old code beside the new one.
             loop.remove_reader(self._link.fileno())
-            logger.warning("The supervisor has ended; worker [%d] drains and leaves", os.getpid())
+            self.journal.emit(events.SUPERVISOR_ENDED, pid=os.getpid())
             self.should_exit = True
+            return
+        last = max((at for at, message in enumerate(messages) if message != STAND_DOWN), default=0)
+        for message in messages[last:]:
+            self._following = loop.create_task(self._follow(message, self._following))
 
     async def _follow(self, message: bytes, before: asyncio.Task[None] | None) -> None:
-        """Pause or resume, behind what was under way; only a drain is cut short."""
+        """Obey one message, after the one before it; only a drain is cut short."""
         if before is not None:
             await asyncio.wait({before})
+        word, _, rest = message.partition(b" ")
+        if word == STAND_DOWN:
+            self.close_listeners()
+            return
         if self._draining is not None:
             self._draining.cancel()
-        word, _, rest = message.partition(b" ")
         try:
             if word == RESUME:
                 await self.resume()
                 return
             deadline, *target = json.loads(rest)
             await self.pause(_target(*target) if target else None)
-        except Exception:
-            logger.exception("Cannot %s: worker [%d] drains and leaves", word.decode(), os.getpid())
+        except Exception as error:  # noqa: BLE001 (said; and this worker leaves)
+            self.journal.emit(
+                events.COMMAND_FAILED, traceback=error, command=word.decode(), pid=os.getpid()
+            )
             self.should_exit = True
             return
         self._report(PAUSED)
         self._draining = asyncio.get_running_loop().create_task(self._drain_until(deadline))
 
     async def _drain_until(self, deadline: float) -> None:
-        await self.drain(max(0.0, deadline - time.monotonic()))
+        if not await self.drain(max(0.0, deadline - time.monotonic())):
+            self.abort()
         self._report(DRAINED + b" " + json.dumps(asdict(self.stats)).encode())
 
 
@@ -125,7 +134,7 @@ def _target(directory: str, takeover_id: int, side: str) -> HandoverTarget:
     return HandoverTarget(Path(directory), takeover_id, Side(side))
 
 
-class WorkerProcess(multiprocess.Process):
+class WorkerProcess(Process):
     """uvicorn's handle of a worker process, in the supervisor; in the worker, its entry."""
 
     def __init__(
@@ -135,27 +144,32 @@ class WorkerProcess(multiprocess.Process):
         *,
         settings: Settings,
         takeover: Takeover,
+        spawning: threading.Lock,
         on_started: Callable[[WorkerProcess], None],
     ) -> None:
-        """`on_started` is called in the supervisor when the process was started.
+        """`on_started` is called in the supervisor after the process was started.
 
-        While the instance takes over, its workers take the parent's connections in.
+        `spawning` is held while the process is started, and so gets the listeners. While the
+        instance takes over, its workers receive the connections of the old one.
         """
         super().__init__(config, sockets)
         self.link, self._far_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._made: WorkerServer | None = None
         self._settings = settings
         self._handover_target = takeover.handover_target
+        self._spawning: threading.Lock | None = spawning
         self._on_started: Callable[[WorkerProcess], None] | None = on_started
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the worker process gets: its own end of the link, not the supervisor's."""
+        """Return what the worker process gets: its end of the link, not the supervisor's."""
         state = dict(self.__dict__)
-        state["link"] = state["_on_started"] = None
+        state["link"] = state["_spawning"] = state["_on_started"] = None
         return state
 
     def start(self) -> None:
-        """As uvicorn's; then let go of the worker's end of the link, so that its end is heard."""
-        super().start()
+        """Start the process; then close the worker's end of the link, so that its end is heard."""
+        with self._spawning or contextlib.nullcontext():
+            super().start()
         self._far_link.close()
         self.link.setblocking(False)
         if self._on_started is not None:
@@ -163,14 +177,14 @@ class WorkerProcess(multiprocess.Process):
 
     @property
     def server(self) -> uvicorn.Server:
-        """In the worker: its server."""
-        if self._server is None:
-            self._server = WorkerServer(
+        """The server, in the worker process."""
+        if self._made is None:
+            self._made = WorkerServer(
                 self.config, self._far_link, self._settings, self._handover_target
             )
-        return self._server
+        return self._made
 
     def send(self, word: bytes) -> None:
-        """Send a word down the link; a worker that is gone hears nothing."""
+        """Send a word to the worker; one that has ended hears nothing."""
         with contextlib.suppress(OSError):
             self.link.send(word)

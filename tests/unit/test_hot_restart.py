@@ -768,29 +768,28 @@ def test_the_end_of_the_child_before(
 
 
 def test_a_look_that_fails(
-    parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
+    processes: Processes, parent: HotRestart, asker: Plain, meet: Path, listener: socket.socket
 ) -> None:
     """Without a descriptor to look with nothing is decided; the next look decides."""
     asker.sock.close()
     os.unlink(meet / CHILD_SOCKET)
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        plain = Plain(meet, CHILD_SOCKET, PARENT_SOCKET)
-        plain.send(request(name_of(listener)))
-        plain.send(b"\x03")
-        theirs.send(b"x")
-        theirs.recv(1)
-        os._exit(0)
-    ours.recv(1)
+    messages = [request(name_of(listener)), b"\x03"]
+    take_over = f"""
+import signal
+for message in {messages}:
+    sock.sendto(message, to)
+print("sent", flush=True)
+signal.pause()
+"""
+    child = plain_process(processes, take_over, meet, CHILD_SOCKET)
+    assert child.line() == "sent"
     parent.handle()
     assert parent.role is Role.REPLACED
     (meet / PARENT_SOCKET).unlink()
     dead = Endpoint()
     dead.bind(str(meet / PARENT_SOCKET))  # the new instance's, which has crashed
     dead.close()
-    ours.send(b"x")
-    os.waitpid(pid, 0)
+    child.kill()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
@@ -800,8 +799,6 @@ def test_a_look_that_fails(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert parent.child_ended() is ChildExitAction.RESUME
     assert parent.child is None
-    for sock in (ours, theirs):
-        sock.close()
 
 
 @pytest.mark.root

@@ -101,11 +101,20 @@ def test_two_in_one_process(processes: Processes, meet: Path) -> None:
     first.close()
 
 
-HOLDER = """
-import sys
+FORK = """
+import os, signal, sys
 from pathlib import Path
-from hotrestart_plugins.core.locks import _LockFile
-print(_LockFile.of(Path(sys.argv[1])).holder(1, 1).pid)
+from hotrestart_plugins.core.locks import Ticket
+ticket = Ticket(Path(sys.argv[1]), 0)
+for closes in (True, False):
+    pid = os.fork()
+    if pid == 0:
+        if closes:
+            ticket.close()
+        os._exit(0)
+    assert os.waitpid(pid, 0) == (pid, 0)
+print(ticket.number, flush=True)
+signal.pause()
 """
 
 
@@ -113,15 +122,11 @@ def test_a_fork_holds_none(processes: Processes, meet: Path) -> None:
     """A forked child that closes its copy, or ends, frees nothing; its parent's end frees it."""
     path = meet / "tickets"
     ticket = Ticket(path, 0)
-    pid = os.fork()
-    if pid == 0:
-        ticket.close()
-        os._exit(0)
-    assert os.waitpid(pid, 0) == (pid, 0)
-    other, _ = another(processes, path)
-    look = processes.python(HOLDER, str(path))
-    assert look.line() == str(os.getpid())
-    other.kill(signal.SIGKILL)
+    parent = processes.python(FORK, str(path))
+    assert parent.line() == "2"
+    assert ticket.newest() == parent.pid
+    parent.kill(signal.SIGKILL)
+    assert ticket.newest() is None
     ticket.close()
 
 

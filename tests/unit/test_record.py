@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hotrestart_plugins.core.record import Record
+from tests.support.processes import Processes
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -50,16 +51,24 @@ def test_a_lock_that_is_not_freed(meet: Path, caplog: pytest.LogCaptureFixture) 
     assert [step["step"] for step in content(meet)["steps"]] == ["started"]
 
 
-def test_both_sides_at_once(meet: Path) -> None:
+PARENT = """
+import logging, sys
+from pathlib import Path
+from hotrestart_plugins.core.record import Record
+directory, started = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+for _ in range(20):
+    Record(directory, started, 7, "parent", logging.getLogger("hotrestart")).note("parent's")
+"""
+
+
+def test_both_sides_at_once(processes: Processes, meet: Path) -> None:
     """No step of either side is lost."""
-    pid = os.fork()
-    if pid == 0:
-        for _ in range(20):
-            record(meet, "parent").note("parent's")
-        os._exit(0)
+    parent = processes.python(PARENT, str(meet), str(STARTED))
+    assert parent.line() == "ready"
     for _ in range(20):
         record(meet).note("child's")
-    assert os.waitpid(pid, 0) == (pid, 0)
+    assert parent.wait() == 0, parent.log
     steps = [step["step"] for step in content(meet)["steps"]]
     assert (steps.count("parent's"), steps.count("child's")) == (20, 20)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from demo_app.deploys import TOOK_OVER, Deploys, command, free_port
+from demo_app.deploys import DEADLINE, TOOK_OVER, Deploys, command, free_port
 from demo_app.load import LoadProcess, Mix
 from tests.support.instances import ONE_OR_MORE, QUICK, successor, up
 from tests.support.processes import eventually, pending
@@ -180,6 +181,34 @@ def test_a_child_that_is_stopped_while_it_starts_changes_nothing(
         successor(place, parent, args)
         report = load.stop()
     assert not report.failures, report
+
+
+def test_an_import_that_hangs_ends_although_nobody_reads_what_it_prints(
+    meet: Path, address: str, tmp_path: Path
+) -> None:
+    """What it has printed cannot be written any more: that must not keep the process alive."""
+    (tmp_path / "hangs.py").write_text(
+        "import threading\nprint('printed')\nthreading.Event().wait()\n"
+    )
+    args = command("uvicorn", address, "--app-dir", str(tmp_path))
+    args[args.index("app:app")] = "hangs:app"
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {"PYTHONUNBUFFERED": ""}  # so that it is written at the end
+    settings = {"HOTRESTART_READY_TIMEOUT": "0.5", "HOTRESTART_DIR": str(meet), **buffered}
+    try:
+        ended = subprocess.run(
+            args,
+            env={**os.environ, **settings},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=DEADLINE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert ended.returncode == 3
+    assert b"not ready within 0.5 s" in ended.stderr
 
 
 def test_the_address_is_taken_by_somebody_else(place: Deploys) -> None:

@@ -73,7 +73,7 @@ class UvicornWorkerAdapter(AsyncioAdapter):
                 with super().capture_signals():
                     yield
                     if self.started:
-                        self._captured_signals.clear()
+                        self.forget_signals()
 
         return WorkerServer
 

@@ -136,7 +136,6 @@ WORKER_START_FAILED = Event(
 RUNNING = Event("running", "info", "Uvicorn running on {place} (Press CTRL+C to quit)")
 HOT_RESTART_READY = Event("hot_restart_ready", "info", "Hot restart: ready")
 
-NAMES_MISSING = Event("names_missing", "warning", "{server} has no {names}: {consequences}")
 
 # -- the running instance --------------------------------------------------------------------------
 
@@ -163,25 +162,23 @@ REQUEST_FAILED = Event(
     "A datagram from pid {pid} could not be handled; this instance serves on",
 )
 SOCKET_UNREADABLE = Event("socket_unreadable", "error", "The parent socket cannot be read: {error}")
-TAKEOVER_UNFINISHED = Event(
-    "takeover_unfinished", "", "The takeover was not finished", outcome="failed"
-)
 NEW_INSTANCE_FAILED = Event(
     "new_instance_failed",
     "warning",
     "pid {pid} ended before it had taken over; serving on",
     outcome="failed",
 )
-
 TAKEOVER_GIVEN_UP = Event(
     "takeover_given_up",
     "",
     "The new instance ended before it had taken over",
     outcome="failed",
 )
-CALLBACK_FAILED = Event(
-    "callback_failed", "error", "Error while watching for a new instance; this one keeps serving"
-)
+
+# -- at any time -----------------------------------------------------------------------------------
+
+NAMES_MISSING = Event("names_missing", "warning", "{server} has no {names}: {instead}")
+FAULT = Event("fault", "error", "Error in hotrestart_plugins; this instance keeps serving")
 
 # -- the old instance ------------------------------------------------------------------------------
 
@@ -310,10 +307,6 @@ OWN_SERVERS = Event(
 )
 WORKER_NOT_READY = Event("worker_not_ready", "error", "{error}")
 
-NAMES_MISSING = Event("names_missing", "warning", "{server} has no {names}: {instead}")
-FAULT = Event(
-    "fault", "error", "A fault in hotrestart_plugins ({kind}); this instance goes on serving"
-)
 
 # -- the record ------------------------------------------------------------------------------------
 

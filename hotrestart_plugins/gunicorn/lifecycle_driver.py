@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hotrestart_plugins.core import events
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.record import Record
@@ -26,7 +27,6 @@ from hotrestart_plugins.gunicorn._compat.arbiter import HaltServer
 from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter
 from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
 from hotrestart_plugins.gunicorn.failures import EX_SOFTWARE, in_config_words, status_of
-from hotrestart_plugins.gunicorn.fence import Fence
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.singletons import Singletons
 from hotrestart_plugins.gunicorn.worker_pool import WorkerPool
@@ -277,7 +277,7 @@ class LifecycleDriver:
         if means is ChildExitAction.NOTHING:
             self._journal.record = self._record_with(child)
             why = "the child ended before it had taken over"
-            self._journal.emit(events.TAKEOVER_UNFINISHED, facts={"reason": why})
+            self._journal.emit(events.TAKEOVER_GIVEN_UP, facts={"reason": why})
         elif means is ChildExitAction.LEAVE:
             self._happened(Event.NEW_INSTANCE_LEFT)
             return

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hotrestart_plugins.core import events
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.hot_restart import HotRestart, Role
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.rendezvous import default_directory
@@ -23,7 +24,6 @@ from hotrestart_plugins.gunicorn._compat.workers import known_class
 from hotrestart_plugins.gunicorn.adapters.base import say_what_is_missing
 from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
 from hotrestart_plugins.gunicorn.failures import in_config_words, status_of
-from hotrestart_plugins.gunicorn.fence import Fence
 from hotrestart_plugins.gunicorn.lifecycle_driver import LifecycleDriver
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.singletons import Singletons

@@ -10,6 +10,7 @@ import time
 from types import FrameType
 
 from hotrestart_plugins.core import events
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.hot_restart import HotRestart
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.rendezvous import default_directory
@@ -18,7 +19,6 @@ from hotrestart_plugins.gunicorn._compat import arbiter
 from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter
 from hotrestart_plugins.gunicorn.arbiter_events import ArbiterEvents
 from hotrestart_plugins.gunicorn.failures import in_config_words, status_of
-from hotrestart_plugins.gunicorn.fence import Fence
 from hotrestart_plugins.gunicorn.lifecycle_driver import LifecycleDriver
 from hotrestart_plugins.gunicorn.listeners import Listeners
 from hotrestart_plugins.gunicorn.master import MasterController, complain

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 
 from hotrestart_plugins.core import events
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.errors import HotRestartError, MessageError
 from hotrestart_plugins.handover import frames
 from hotrestart_plugins.handover.adapter import EventLoop, Timer
-from hotrestart_plugins.handover.fence import Fence
 from hotrestart_plugins.handover.frames import HandoverTarget, ReceivedConnection
 
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -40,7 +40,7 @@ class ConnectionReceiver:
         self._adopt = adopt
         self._loop = loop
         self._journal = journal
-        self._fence = Fence(journal)
+        self._fence = Fence(journal, events.HANDOVER_FAULT)
         self._listener = frames.listen(self._path)
         self._channels: list[socket.socket] = []
         self._waiting: Timer | None = None  # until it listens again

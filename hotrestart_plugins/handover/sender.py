@@ -19,11 +19,11 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Generic, TypeVar
 
 from hotrestart_plugins.core import events
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.errors import HotRestartError, MessageError
 from hotrestart_plugins.handover import frames
 from hotrestart_plugins.handover.adapter import ConnectionAdapter, EventLoop, Timer
-from hotrestart_plugins.handover.fence import Fence
 from hotrestart_plugins.handover.frames import ConnectionState, HandoverTarget
 
 ConnectionT = TypeVar("ConnectionT")
@@ -56,7 +56,7 @@ class ConnectionSender(Generic[ConnectionT]):
         self.adapter = adapter
         self.loop = loop
         self.journal = journal
-        self.fence = Fence(journal)
+        self.fence = Fence(journal, events.HANDOVER_FAULT)
         self._on_failure = on_failure
         self._unseen: deque[ConnectionT] = deque()  # to be offered, a few in each turn of the loop
         self._tracked: set[ConnectionT] = set()

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from hotrestart_plugins.core import events
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.hot_restart import ChildExitAction, HotRestart, Role
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.core.record import Record
@@ -21,7 +22,6 @@ from hotrestart_plugins.draining.stats import DrainStats
 from hotrestart_plugins.errors import Overtaken
 from hotrestart_plugins.handover.frames import HandoverTarget, Side
 from hotrestart_plugins.lifecycle.table import TIMEOUTS, Action, Event, Lifecycle
-from hotrestart_plugins.uvicorn.fence import Fence
 from hotrestart_plugins.uvicorn.takeover import Takeover
 
 _POLL_INTERVAL = 0.25  # seconds between two looks at a new instance of which there is no pidfd
@@ -175,21 +175,27 @@ class LifecycleDriver:
         hot = self._takeover.hot
         if hot is None:
             return
-        loop = asyncio.get_running_loop()
-        try:
-            if hot.fileno() >= 0:
-                self._add_reader(loop, hot.fileno(), self._on_request)
-            child = hot.child
-            if child is None or not self._cares_for_child(hot):
-                return
-            if child.fileno() >= 0:
-                self._add_reader(loop, child.fileno(), self._on_child_end)
-            else:
-                self._next_look = loop.call_later(_POLL_INTERVAL, self._on_look)
-        except Exception as error:  # noqa: BLE001 (the running instance must not become deaf)
+        faults = self._fence.faults
+        with self._fence:
+            self._watch_both(hot)
+        if self._fence.faults != faults:  # the running instance must not become deaf
             self._unwatch()
-            self._fence.caught(error)
-            self._next_look = loop.call_later(_FAULT_PAUSE, self._watch)
+            self._watch_later()
+
+    def _watch_later(self) -> None:
+        self._next_look = asyncio.get_running_loop().call_later(_FAULT_PAUSE, self._watch)
+
+    def _watch_both(self, hot: HotRestart) -> None:
+        loop = asyncio.get_running_loop()
+        if hot.fileno() >= 0:
+            self._add_reader(loop, hot.fileno(), self._on_request)
+        child = hot.child
+        if child is None or not self._cares_for_child(hot):
+            return
+        if child.fileno() >= 0:
+            self._add_reader(loop, child.fileno(), self._on_child_end)
+        else:
+            self._next_look = loop.call_later(_POLL_INTERVAL, self._on_look)
 
     def _add_reader(
         self, loop: asyncio.AbstractEventLoop, fd: int, callback: Callable[[], None]
@@ -212,14 +218,14 @@ class LifecycleDriver:
     def _guarded(self, step: Callable[[], None]) -> None:
         """Call `step`; whatever it raises, go on watching. What to watch may have changed."""
         self._unwatch()
-        try:
+        faults = self._fence.faults
+        with self._fence:
             step()
-        except Exception as error:  # noqa: BLE001 (a fault of ours must not end what serves)
-            self._fence.caught(error)
-            self._next_look = asyncio.get_running_loop().call_later(_FAULT_PAUSE, self._watch)
-        else:
-            self._fence.passed()
+        if self._fence.faults == faults:
+            self._fence.all_well()
             self._watch()
+        else:
+            self._watch_later()
 
     def _on_request(self) -> None:
         self._guarded(self._answer)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from hotrestart_plugins.core import events, fence
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.journal import Journal
-from hotrestart_plugins.handover import fence, frames, sender
-from hotrestart_plugins.handover.fence import Fence
+from hotrestart_plugins.handover import frames, sender
 from hotrestart_plugins.handover.frames import (
     ConnectionState,
     HandoverTarget,
@@ -277,7 +278,7 @@ def test_the_same_fault_over_and_over_does_not_fill_the_log(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three times, and then once a minute."""
-    guarded = Fence(Journal(LOG))
+    guarded = Fence(Journal(LOG), events.HANDOVER_FAULT)
 
     def fail(times: int) -> int:
         for _ in range(times):
@@ -286,14 +287,14 @@ def test_the_same_fault_over_and_over_does_not_fill_the_log(
         return len(caplog.records)
 
     assert fail(3) == 3
-    monkeypatch.setattr(fence, "_LOG_INTERVAL", 0.0)
+    monkeypatch.setattr(fence, "SECONDS_BETWEEN_TRACEBACKS", 0.0)
     assert fail(1000) == 3, "within a minute of the last one"
-    guarded = Fence(Journal(LOG))
+    guarded = Fence(Journal(LOG), events.HANDOVER_FAULT)
     assert fail(10) == 13, "a minute that is over at once"
     assert all(one.exc_info for one in caplog.records)
 
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_what_is_no_fault_passes(error: type[BaseException]) -> None:
-    with pytest.raises(error), Fence(Journal(LOG)):
+    with pytest.raises(error), Fence(Journal(LOG), events.HANDOVER_FAULT):
         raise error

@@ -99,5 +99,5 @@ def test_a_name_is_missing(place: Deploys, address: str, tmp_path: Path, name: N
     for instance in (old, new):
         says_what_is_missing(instance, name)
         assert "Traceback" not in instance.log, instance.log
-        assert "A fault in hotrestart_plugins" not in instance.log
+        assert "Error in hotrestart_plugins" not in instance.log
     assert new.stop() == 0, new.log

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 uvicorn = pytest.importorskip("uvicorn")
-FAULT = "Error while watching for a new instance"
+FAULT = "Error in hotrestart_plugins; this instance keeps serving"
 
 
 class Counter:

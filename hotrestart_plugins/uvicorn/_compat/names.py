@@ -134,5 +134,5 @@ def say_what_is_missing(journal: Journal) -> None:
             events.NAMES_MISSING,
             server=f"uvicorn {importlib.metadata.version('uvicorn')}",
             names=", ".join(names),
-            consequences="; ".join(feature.value for feature in Feature if feature in off),
+            instead="; ".join(feature.value for feature in Feature if feature in off),
         )

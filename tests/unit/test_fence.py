@@ -1,4 +1,4 @@
-"""The fence round gunicorn's master: what it keeps in, what it lets pass, how often it says so."""
+"""The fence around this package: what it keeps in, what it lets pass, how often it says so."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import logging
 import pytest
 from gunicorn.errors import HaltServer
 
+from hotrestart_plugins.core import fence
+from hotrestart_plugins.core.fence import Fence
 from hotrestart_plugins.core.journal import Journal
-from hotrestart_plugins.gunicorn import fence
-from hotrestart_plugins.gunicorn.fence import Fence
 
-FAULT = "A fault in hotrestart_plugins (ValueError)"
+FAULT = "Error in hotrestart_plugins; this instance keeps serving"
 
 
 @pytest.fixture

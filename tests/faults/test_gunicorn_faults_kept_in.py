@@ -28,8 +28,8 @@ from tests.support.raw import ask
 
 pytestmark = pytest.mark.faults
 
-FAULT = "A fault in hotrestart_plugins (RuntimeError); this instance goes on serving"
-FAULT_OF_THE_SYSTEM = "A fault in hotrestart_plugins (OSError)"
+FAULT = "Error in hotrestart_plugins; this instance keeps serving"
+FAULT_OF_THE_SYSTEM = "OSError: [Errno 24]"
 INJECT = """
 import os
 from hotrestart_plugins.{module} import {owner}

@@ -82,21 +82,23 @@ def write(
 # -- a new instance, in the order in which it comes to them ----------------------------------------
 
 WAITING_FOR_TURN = Event(
-    "waiting_for_turn", "info", "pid {pid} is not ready yet: waiting for this instance's turn"
+    "waiting_for_turn",
+    "info",
+    "Waiting up to {seconds:g} s for pid {pid} to finish its takeover",
 )
 INSTANCE_FOUND = Event(
     "instance_found",
     "debug",
-    "An instance serves in {directory}: taking over from it",
+    "Found a running instance in {directory}",
 )
-NO_INSTANCE_FOUND = Event("no_instance_found", "debug", "Nobody serves in {directory}")
+NO_INSTANCE_FOUND = Event("no_instance_found", "debug", "Found no running instance in {directory}")
 STARTED = Event("started", "", "Started", step="started")
 NO_DIRECTORY = Event(
     "no_directory",
     "warning",
-    "Port 0 names no place to meet: this instance cannot be replaced ({option})",
+    "With port 0 there is no default directory, so this instance cannot be replaced: {option}",
 )
-LISTENER_MISSING = Event("listener_missing", "debug", "pid {pid} has no listener on {address}")
+LISTENER_MISSING = Event("listener_missing", "debug", "pid {pid} does not listen on {address}")
 LISTENER_RECEIVED = Event("listener_received", "debug", "Inherited {address} from pid {pid}")
 LISTENER_INHERITED = Event("listener_inherited", "info", "Inherited {address} from pid {pid}")
 LISTENERS_INHERITED = Event(
@@ -105,26 +107,28 @@ LISTENERS_INHERITED = Event(
 OLD_INSTANCE_CHANGED = Event(
     "old_instance_changed",
     "warning",
-    "pid {pid} has ended: taking over from the one that serves now",
+    "pid {pid} exited; taking over from the instance that serves now",
 )
 OLD_INSTANCE_ENDED = Event(
     "old_instance_ended",
     "warning",
-    "The instance taken over from (pid {pid}) has ended; this one goes on alone",
+    "The old instance (pid {pid}) exited; starting without it",
 )
 ADDRESS_IN_USE = Event(
-    "address_in_use", "info", "{error}, which may be a worker of a killed instance: waiting"
+    "address_in_use",
+    "info",
+    "{error}, which may be a worker of a killed instance; waiting (--takeover-timeout)",
 )
 READY = Event("ready", "", "Ready", step="ready")
 TOOK_OVER = Event("took_over", "info", "Took over from pid {pid}")
 OLD_INSTANCE_UNTOLD = Event(
-    "old_instance_untold", "warning", "pid {pid} had ended before it was told to go"
+    "old_instance_untold", "warning", "pid {pid} exited before it could be told to stop accepting"
 )
 TAKEN_OVER = Event("taken_over", "", "Taken over", outcome="taken over")
 TAKEOVER_FAILED = Event(
     "takeover_failed",
     "error",
-    "Hot restart failed: {reason}; the running instance (pid {pid}) serves on",
+    "Takeover failed: {reason}; the running instance (pid {pid}) keeps serving",
     outcome="failed",
 )
 START_FAILED = Event("start_failed", "error", "Start failed: {reason}", outcome="failed")
@@ -139,16 +143,18 @@ HOT_RESTART_READY = Event("hot_restart_ready", "info", "Hot restart: ready")
 
 # -- the running instance --------------------------------------------------------------------------
 
-TAKEOVER_STARTED = Event("takeover_started", "info", "pid {pid} asks for this instance's listeners")
+TAKEOVER_STARTED = Event("takeover_started", "info", "Takeover started by pid {pid}")
 OTHER_PID_NAMESPACE = Event(
     "other_pid_namespace",
     "warning",
-    "pid 0 is in another pid namespace: its end is noticed late; let both share one",
+    "The new instance is in another pid namespace, so its exit is noticed late; let both share one",
 )
-LISTENER_GIVEN = Event("listener_given", "debug", "Answered pid {pid} for {address}: given")
-LISTENER_REFUSED = Event("listener_refused", "debug", "Answered pid {pid} for {address}: none")
+LISTENER_GIVEN = Event("listener_given", "debug", "Sent the listener on {address} to pid {pid}")
+LISTENER_REFUSED = Event(
+    "listener_refused", "debug", "Told pid {pid} that this instance does not listen on {address}"
+)
 ANSWER_FAILED = Event(
-    "answer_failed", "warning", "pid {pid} cannot be answered for {address}: {error}"
+    "answer_failed", "warning", "Could not answer the request of pid {pid} for {address}: {error}"
 )
 DATAGRAM_DROPPED = Event(
     "datagram_dropped", "warning", "Dropped a datagram from pid {pid}: {reason}"
@@ -159,19 +165,19 @@ DATAGRAM_DROPPED_AGAIN = Event(
 REQUEST_FAILED = Event(
     "request_failed",
     "error",
-    "A datagram from pid {pid} could not be handled; this instance serves on",
+    "Error while handling a datagram from pid {pid}; this instance keeps serving",
 )
-SOCKET_UNREADABLE = Event("socket_unreadable", "error", "The parent socket cannot be read: {error}")
+SOCKET_UNREADABLE = Event("socket_unreadable", "error", "Could not read the parent socket: {error}")
 NEW_INSTANCE_FAILED = Event(
     "new_instance_failed",
     "warning",
-    "pid {pid} ended before it had taken over; serving on",
+    "pid {pid} exited before it had taken over; this instance keeps serving",
     outcome="failed",
 )
 TAKEOVER_GIVEN_UP = Event(
     "takeover_given_up",
     "",
-    "The new instance ended before it had taken over",
+    "The new instance exited before it had taken over",
     outcome="failed",
 )
 
@@ -186,56 +192,55 @@ REPLACED = Event("replaced", "info", "pid {pid} has taken over")
 ADDRESS_DROPPED = Event(
     "address_dropped",
     "warning",
-    "pid {pid} does not listen on {address}: it ends with this instance",
+    "pid {pid} does not use {address}; it will be closed when this process exits",
 )
 STOPPED_ACCEPTING = Event(
     "stopped_accepting", "info", "Stopped accepting; draining", step="stopped accepting"
 )
 CLOSE_NOT_ANNOUNCED = Event(
-    "close_not_announced", "error", "A connection cannot be told that it closes"
+    "close_not_announced", "error", "Could not announce the close of a connection"
 )
 DRAIN_STARTED = Event("drain_started", "", "Draining")
 DRAIN_ENDED = Event("drain_ended", "", "Drained", step="drained")
-DRAINED = Event("drained", "info", "Drained: {stats}; leaving")
-DRAIN_TIMED_OUT = Event("drain_timed_out", "warning", "The drain timeout is over: {aborted}")
-DRAIN_FAILED = Event("drain_failed", "error", "The drain has failed")
+DRAINED = Event("drained", "info", "Drained: {stats}; exiting")
+DRAIN_TIMED_OUT = Event("drain_timed_out", "warning", "The drain timeout ended: aborted {aborted}")
+DRAIN_FAILED = Event("drain_failed", "error", "Error while draining")
 REPLACEMENT_FAILED = Event(
     "replacement_failed",
     "error",
-    "Cannot make way as it should: this instance drains and leaves",
+    "Error during the takeover; draining and exiting",
 )
 WORKER_KILLED = Event(
-    "worker_killed", "warning", "Worker [{pid}] has not drained in time: killing it"
+    "worker_killed", "warning", "Worker [{pid}] did not drain in time; killing it"
 )
 LATE_WORKER_KILLED = Event(
-    "late_worker_killed", "info", "Worker [{pid}] was started behind the takeover: killing it"
+    "late_worker_killed", "info", "Worker [{pid}] was started after the takeover; killing it"
 )
 COMMAND_FAILED = Event(
-    "command_failed", "error", "Cannot {command}: worker [{pid}] drains and leaves"
+    "command_failed", "error", "Worker [{pid}] could not {command}; draining and exiting"
 )
 SUPERVISOR_ENDED = Event(
-    "supervisor_ended", "warning", "The supervisor has ended; worker [{pid}] drains and leaves"
+    "supervisor_ended", "warning", "The supervisor exited; worker [{pid}] drains and exits"
 )
-MASTER_ENDED = Event("master_ended", "info", "Parent changed, shutting down: {worker}")
-SIGNAL_IGNORED = Event("signal_ignored", "info", "Ignoring {signal}: replaced")
-CHANGE_IGNORED = Event(
-    "change_ignored", "warning", "{signal} ignored: another instance has taken over"
+MASTER_ENDED = Event("master_ended", "info", "The master exited; shutting down {worker}")
+SIGNAL_IGNORED = Event(
+    "signal_ignored", "warning", "Ignored {signal}: another instance has taken over"
 )
 NEW_INSTANCE_LEFT = Event(
-    "new_instance_left", "info", "pid {pid} has ended, and leaves nothing to serve again for"
+    "new_instance_left", "info", "pid {pid} was stopped on purpose; not rolling back"
 )
 NEW_INSTANCE_ENDED_LATE = Event(
     "new_instance_ended_late",
     "info",
-    "pid {pid} has ended; this instance does not serve again, because the rollback window is over",
+    "pid {pid} exited after the rollback window; not rolling back",
 )
 NEW_INSTANCE_CRASHED = Event(
     "new_instance_crashed",
     "error",
-    "pid {pid} died after it had taken over: this instance serves again",
+    "pid {pid} crashed after it had taken over; this instance serves again",
 )
 NAME_NOT_TAKEN_BACK = Event(
-    "name_not_taken_back", "error", "The parent socket cannot be taken back: {error}"
+    "name_not_taken_back", "error", "Could not take the parent socket back: {error}"
 )
 ACCEPTING_AGAIN = Event(
     "accepting_again",
@@ -247,26 +252,31 @@ ACCEPTING_AGAIN = Event(
 FEWER_WORKERS = Event(
     "fewer_workers",
     "warning",
-    "{left} of {wanted} workers are left; more would run the code that is on disk now. {remedy}",
+    "{left} of {wanted} workers are left; new ones would run the code that is on disk "
+    "now. {remedy}",
 )
 
 # -- connections that are handed over --------------------------------------------------------------
 
-HANDOVER_FAILED = Event("handover_failed", "warning", "Connections stay here: {error}")
+HANDOVER_FAILED = Event(
+    "handover_failed", "warning", "Connection handover failed, connections stay here: {error}"
+)
 HANDOVER_TIMED_OUT = Event(
     "handover_timed_out",
     "warning",
-    "The new instance has not taken connections in for {seconds:g} s",
+    "Connection handover failed, connections stay here: no reply within {seconds:g} s",
 )
-RECEIVER_FAILED = Event("receiver_failed", "info", "No connections are taken in at {path}: {error}")
-ADOPTION_FAILED = Event("adoption_failed", "warning", "Connections cannot be taken in: {error}")
+RECEIVER_FAILED = Event(
+    "receiver_failed", "info", "Could not listen for connections at {path}: {error}"
+)
+ADOPTION_FAILED = Event("adoption_failed", "warning", "Could not receive connections: {error}")
 DESCRIPTORS_REFUSED = Event(
     "descriptors_refused",
     "warning",
-    "Closed descriptors that are no connections of TCP or Unix: {kinds}",
+    "Closed descriptors that are not TCP or Unix connections: {kinds}",
 )
 HANDOVER_FAULT = Event("handover_fault", "error", "Error during the connection handover")
-CHANNEL_DROPPED = Event("channel_dropped", "warning", "Dropped a channel: {error}")
+CHANNEL_DROPPED = Event("channel_dropped", "warning", "Dropped a handover channel: {error}")
 
 # -- gunicorn --------------------------------------------------------------------------------------
 
@@ -274,19 +284,18 @@ STARTED_BY_USR2 = Event("started_by_usr2", "info", "Started by USR2 from pid {pi
 STARTED_BY_USR2_ALONE = Event(
     "started_by_usr2_alone",
     "warning",
-    "Started by USR2 from pid {pid}: this instance takes part in no hot restart "
-    "(hotrestart_manual_usr2)",
+    "Started by USR2 from pid {pid}; hot restart is off in this instance (hotrestart_manual_usr2)",
 )
 CONFIGURATION_REFUSED = Event("configuration_refused", "error", "{error}")
-SETTINGS_UNCHANGED = Event("settings_unchanged", "error", "{error}; what was set before stays")
+SETTINGS_UNCHANGED = Event("settings_unchanged", "error", "{error}; keeping the previous settings")
 ADDRESSES_UNCHANGED = Event(
-    "addresses_unchanged", "error", "{error}; the addresses stay as they were"
+    "addresses_unchanged", "error", "{error}; keeping the previous addresses"
 )
 DIRECTORY_UNCHANGED = Event(
     "directory_unchanged",
     "warning",
-    "The next instance would look for this one in {named}, but this one stays in {directory}: "
-    "set hotrestart_dir to that, or nobody can take over from it",
+    "The next instance would look for this one in {named}, but this one stays in "
+    "{directory}: set hotrestart_dir to that, or no instance can take over from it",
 )
 PRELOAD_TIMED_OUT = Event(
     "preload_timed_out",
@@ -296,14 +305,14 @@ PRELOAD_TIMED_OUT = Event(
 CANNOT_PAUSE = Event(
     "cannot_pause",
     "warning",
-    "Workers of the class {worker_class} cannot stop accepting without stopping: at a takeover "
-    "they are stopped at once, and cannot serve again if the new instance dies",
+    "Workers of class {worker_class} cannot stop accepting without exiting: a takeover "
+    "stops them at once, and they cannot serve again if the new instance crashes",
 )
 OWN_SERVERS = Event(
     "own_servers",
     "warning",
-    "Workers of the class {worker_class} make servers of their own: at a takeover they are "
-    "stopped at once, and cannot serve again if the new instance dies",
+    "Workers of class {worker_class} make their own servers: a takeover stops them at "
+    "once, and they cannot serve again if the new instance crashes",
 )
 WORKER_NOT_READY = Event("worker_not_ready", "error", "{error}")
 
@@ -311,7 +320,7 @@ WORKER_NOT_READY = Event("worker_not_ready", "error", "{error}")
 # -- the record ------------------------------------------------------------------------------------
 
 RECORD_FAILED = Event(
-    "record_failed", "warning", "The handover record {path} cannot be written: {error}"
+    "record_failed", "warning", "Could not write the takeover record {path}: {error}"
 )
 
 CATALOGUE = tuple(value for value in list(globals().values()) if isinstance(value, Event))

@@ -52,17 +52,18 @@ class TakeoverClient:
         self._journal = journal
         self._timeout = takeover_timeout
         self._connection: ParentConnection | None = None
+        self._turn_timeout = turn_timeout
         self._ticket = rendezvous.take_ticket(turn_timeout)
         try:
-            self._start(turn_timeout)
+            self._start()
         except BaseException:
             self._ticket.close()
             raise
 
-    def _start(self, turn_timeout: float) -> None:
+    def _start(self) -> None:
         rendezvous = self._rendezvous
-        deadline = time.monotonic() + turn_timeout
-        rendezvous.locks.take_turn(turn_timeout, waiting=self._waiting, check=self._give_way)
+        deadline = time.monotonic() + self._turn_timeout
+        rendezvous.locks.take_turn(self._turn_timeout, waiting=self._waiting, check=self._give_way)
         endpoint, owned_path = rendezvous.bind_child(
             max(0.0, deadline - time.monotonic()), check=self._give_way
         )
@@ -85,7 +86,7 @@ class TakeoverClient:
                 self.bind_deadline = time.monotonic() + self._timeout
 
     def _waiting(self, holder: int) -> None:
-        self._journal.emit(events.WAITING_FOR_TURN, pid=holder)
+        self._journal.emit(events.WAITING_FOR_TURN, seconds=self._turn_timeout, pid=holder)
 
     def _give_way(self) -> None:
         """Raise Overtaken if a newer instance was started, and still lives."""

@@ -66,10 +66,12 @@ class DrainStats:
         )
 
     def aborted_text(self) -> str:
-        """Return a sentence that says what was cut off."""
-        return (
-            f"cutting off {self.aborted_requests} requests, {self.aborted_websockets} WebSockets, "
-            f"{self.aborted_idle} idle connections, {self.aborted_tasks} background tasks"
+        """Return what was aborted, in words: '1 request, 2 idle connections'."""
+        return _counts(
+            (self.aborted_requests, "request"),
+            (self.aborted_websockets, "WebSocket"),
+            (self.aborted_idle, "idle connection"),
+            (self.aborted_tasks, "background task"),
         )
 
     def as_record(self) -> dict[str, int]:
@@ -77,9 +79,25 @@ class DrainStats:
         return {_RECORD_KEYS.get(name, name): count for name, count in asdict(self).items()}
 
     def __str__(self) -> str:
-        ended = self.finished + self.idle + self.websockets + self.streams
         return (
-            f"{self.requests} requests answered while draining; {self.handed_over} connections "
-            f"handed over, {ended} ended ({self.finished} after an answer, {self.idle} idle, "
-            f"{self.websockets} WebSockets, {self.streams} event streams), {self.aborted} cut off"
+            _counts(
+                (self.requests, "request", " answered"),
+                (self.handed_over, "connection", " handed over"),
+                (self.finished, "connection", " closed after an answer"),
+                (self.idle, "idle connection", " closed"),
+                (self.websockets, "WebSocket", " closed"),
+                (self.streams, "event stream", " ended"),
+                (self.aborted, "", "aborted"),
+            )
+            or "nothing was open"
         )
+
+
+def _counts(*counted: tuple[int, str] | tuple[int, str, str]) -> str:
+    """Return '1 request answered, 2 WebSockets closed': numbers, nouns, verbs, and no zeros."""
+    parts = []
+    for number, noun, *verb in counted:
+        plural = "s" if noun and number != 1 else ""
+        if number:
+            parts.append(f"{number} {noun}{plural}{''.join(verb)}")
+    return ", ".join(parts)

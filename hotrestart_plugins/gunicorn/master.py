@@ -153,7 +153,7 @@ class MasterController:
         """
         self.wake(lambda: None)
         if self._driver.lifecycle.replaced:
-            self._journal.emit(events.CHANGE_IGNORED, signal=f"SIG{name.upper()}")
+            self._journal.emit(events.SIGNAL_IGNORED, signal=f"SIG{name.upper()}")
             return
         self._driver.workers_may_end()
         with self._ready_to_stop():

@@ -131,7 +131,7 @@ class Supervisor(Multiprocess):
         """Obey the signals that have come; a replaced instance starts no workers."""
         if self._coordinator.replaced:
             for number in _compat.take_signals(self, _STOPS):
-                name = signal.Signals(number).name.removeprefix("SIG")
+                name = signal.Signals(number).name
                 self._journal.emit(events.SIGNAL_IGNORED, signal=name)
         super().handle_signals()
 

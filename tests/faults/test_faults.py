@@ -248,7 +248,7 @@ def test_the_parent_fails(place: Deploys, server: str, calls: str, when: int, wh
         except DeployError:
             assert what.startswith("error")
             assert child.wait() == 75
-            assert re.search(r"did not answer .* serves on", child.log)
+            assert re.search(r"did not answer .* keeps serving", child.log)
         load.wait(answers=50)
         the_next_one_takes_over(place, address, args)
         report = load.stop()

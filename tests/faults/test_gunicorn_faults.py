@@ -66,8 +66,8 @@ def test_a_child_that_fails_changes_nothing(
         if preload:  # before it has met anybody
             line = only_line(child.log, "Start failed")
         else:
-            line = only_line(child.log, "Hot restart failed")
-            assert f"pid {parent.pid}) serves on" in line
+            line = only_line(child.log, "Takeover failed")
+            assert f"pid {parent.pid}) keeps serving" in line
             assert "Traceback" not in child.log.rpartition("Worker exiting")[2]
         if fault == "hang":
             assert "within 1.5 s" in line
@@ -93,7 +93,7 @@ def test_a_child_whose_worker_dies_in_its_start(
     wrong = ["dies:app" if arg == app else arg for arg in args]
     child = start(place, wrong, **QUICK, PYTHONPATH=str(tmp_path))
     assert child.wait() == 3
-    assert "ended before it was ready" in only_line(child.log, "Hot restart failed")
+    assert "ended before it was ready" in only_line(child.log, "Takeover failed")
     successor(place, parent, args)
 
 
@@ -250,7 +250,7 @@ def test_a_replaced_master_changes_nothing_any_more(
     parent = up(place, args, **WINDOW)
     child = takes_over(place, parent, args)
     parent.signal(signal.Signals[f"SIG{name}"])
-    parent.wait_for(f"SIG{name} ignored")
+    parent.wait_for(f"Ignored SIG{name}")
     child.signal(signal.SIGKILL)
     parent.wait_for("Accepting again")
     assert parent.running
@@ -261,12 +261,12 @@ def test_a_child_that_is_stopped_before_it_is_ready(place: Deploys, address: str
     args = gunicorn("sync", address)
     parent = up(place, args)
     child = start(place, args, DEMO_FAIL="hang", **QUICK)
-    parent.wait_for("asks for this instance's listeners")
+    parent.wait_for("Takeover started by pid")
     child.wait_for("Booting worker with pid", count=4)
     child.signal(signal.SIGQUIT)
     child.wait()
-    assert f"pid {parent.pid}) serves on" in only_line(child.log, "Hot restart failed")
-    parent.wait_for("ended before it had taken over; serving on")
+    assert f"pid {parent.pid}) keeps serving" in only_line(child.log, "Takeover failed")
+    parent.wait_for("exited before it had taken over; this instance keeps serving")
     successor(place, parent, args)
 
 
@@ -276,11 +276,11 @@ def test_hup_in_the_middle_of_a_takeover(place: Deploys, address: str, tmp_path:
     args = gunicorn("sync", address, "--pid", str(pid_file))
     parent = up(place, args)
     hanging = start(place, args, DEMO_FAIL="hang", **QUICK)
-    parent.wait_for("asks for this instance's listeners")
+    parent.wait_for("Takeover started by pid")
     parent.signal(signal.SIGHUP)
     parent.wait_for("Booting worker with pid", count=8)
     hanging.signal(signal.SIGKILL)
-    parent.wait_for("ended before it had taken over")
+    parent.wait_for("exited before it had taken over")
     assert int(pid_file.read_text()) == parent.pid
     successor(place, parent, args)
 

@@ -97,7 +97,7 @@ def test_an_instance_that_cannot_make_way_drains_and_leaves(
         new = successor(place, old, gunicorn("gthread", address))
         load.wait(answers=50)
         report = load.stop()
-    assert "this instance drains and leaves" in old.log
+    assert "draining and exiting" in old.log
     assert new.owns(ask(address).pid)
     assert not report.failures, report
 

@@ -259,7 +259,7 @@ def test_a_failed_upgrade_leaves_the_server_deaf_to_the_next(
         assert broken.wait() == 3
         for count, number in enumerate((signal.SIGKILL, signal.SIGTERM), start=2):
             hanging = place.start(args, DEMO_FAIL="hang", **QUICK)
-            old.wait_for("asks for this instance's listeners", count=count)
+            old.wait_for("Takeover started by pid", count=count)
             hanging.signal(number)
             hanging.wait()
         load.wait(answers=50)

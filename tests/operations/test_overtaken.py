@@ -15,7 +15,7 @@ from tests.support.raw import ask
 CLIENTS = Mix(one_shot=4, keep_alive=4)
 PROCESSES = {"uvicorn": 1, "uvicorn4": 4, "gunicorn gthread": 2, "gunicorn asgi": 2}
 """That import the app, in one instance of each server."""
-WAITING = "waiting for this instance's turn"
+WAITING = "to finish its takeover"
 
 
 def is_overtaken(instance: Instance, newer: Instance) -> None:

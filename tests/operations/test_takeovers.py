@@ -230,7 +230,7 @@ def test_the_parents_worker_outlives_it(processes: Processes, meet: Path) -> Non
         worker = processes.python(WORKER, str(fd), *addresses[1].split(":"), pass_fds=[fd])
     assert ours.recv(1) == b"x", worker.log
     child.begin("listen", addresses[1:])
-    eventually(lambda: "goes on alone" in child.log, "that the child knows")
+    eventually(lambda: "starting without it" in child.log, "that the child knows")
     ours.send(b"x")
     assert worker.wait() == 0, worker.log
     child.end()
@@ -308,7 +308,10 @@ def test_the_child_is_killed(processes: Processes, meet: Path, after: int) -> No
     child.kill()
     if after:
         assert parent.expect("child ended") == ["nothing", "parent"]
-        assert f"pid {child.pid} ended before it had taken over; serving on" in parent.log
+        assert (
+            f"pid {child.pid} exited before it had taken over; this instance keeps serving"
+            in parent.log
+        )
     serves(parent, addresses)
     assert set(parent.descriptors().values()) == set(before.values())
     takes_over(processes, meet, addresses, parent)
@@ -519,7 +522,7 @@ def test_the_turn_has_a_time_of_its_own(processes: Processes, meet: Path) -> Non
     with pytest.raises(Told, match=r"Busy: pid .* was not done within 0\.1 s"):
         step(third, "initialize", meet, addresses, turn_timeout=0.1)
     third.begin("initialize", str(meet), 3, {"takeover_timeout": 0.1, "turn_timeout": 20.0})
-    eventually(lambda: "waiting for this instance's turn" in third.log, "that the third waits")
+    eventually(lambda: "to finish its takeover" in third.log, "that the third waits")
     child.call("exit")
     assert third.end() == "child"
     with stopped(parent), pytest.raises(Told, match=r"NoAnswer: .* within 0\.1 s"):
@@ -741,8 +744,8 @@ def test_a_path_that_is_no_longer_asked_for(processes: Processes, meet: Path) ->
     parent = processes.instance().serve(meet, [kept, dropped])
     child = processes.instance().serve(meet, [kept])
     replaced(parent)
-    assert parent.log.count("does not listen on") == 1
-    assert f"does not listen on {dropped}" in parent.log
+    assert parent.log.count("does not use") == 1
+    assert f"does not use {dropped};" in parent.log
     assert not os.path.lexists(dropped)
     serves(child, [kept])
 

@@ -65,3 +65,10 @@ def finishes(old: Instance, busy: Connection) -> None:
     if not answer.closes:  # its headers were under way already
         answer = busy.get()
         assert (answer.status, answer.closes) == (200, True)
+
+
+def drained(log: str) -> str:
+    """The one line of an instance that says what its drain did."""
+    (line,) = [line for line in log.splitlines() if "Drained: " in line]
+    assert line.endswith("; exiting"), line
+    return line

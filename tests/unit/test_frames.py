@@ -174,7 +174,7 @@ async def _no_room(target: HandoverTarget, caplog: pytest.LogCaptureFixture) -> 
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert [one.getMessage() for one in caplog.records] == [
-            "Connections cannot be taken in: [Errno 24] Too many open files"
+            "Could not receive connections: [Errno 24] Too many open files"
         ]
         acknowledged = asyncio.Event()
         loop.add_reader(ours.fileno(), acknowledged.set)

@@ -251,7 +251,10 @@ def test_a_full_channel_is_waited_for_no_longer_than_an_acknowledgement(
     run(test)
     assert all(one.read for one in connections)
     assert [one.getMessage() for one in caplog.records] == [
-        "Connections stay here: [Errno 11] Resource temporarily unavailable"
+        (
+            "Connection handover failed, connections stay here: "
+            "[Errno 11] Resource temporarily unavailable"
+        )
     ]
 
 
@@ -270,7 +273,10 @@ def test_an_acknowledgement_of_another_version_ends_the_channel(
     run(test)
     assert all(one.read for one in connections)
     assert [one.getMessage() for one in caplog.records] == [
-        "Connections stay here: the other instance speaks version 2 of the handover, this one 1"
+        (
+            "Connection handover failed, connections stay here: "
+            "the other instance speaks version 2 of the handover, this one 1"
+        )
     ]
 
 

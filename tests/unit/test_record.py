@@ -47,7 +47,7 @@ def test_a_lock_that_is_not_freed(meet: Path, caplog: pytest.LogCaptureFixture) 
         fcntl.flock(file, fcntl.LOCK_EX)
         record(meet).note("ready")
     (line,) = caplog.messages
-    assert line.startswith(f"The handover record {record(meet).path} cannot be written: ")
+    assert line.startswith(f"Could not write the takeover record {record(meet).path}: ")
     assert [step["step"] for step in content(meet)["steps"]] == ["started"]
 
 

@@ -78,7 +78,7 @@ def test_the_record_of_a_takeover(place: Deploys, address: str, worker: str) -> 
     assert tally["cut_requests"] == 0
     if worker != "sync":
         assert (tally["requests"], tally["finished"]) == (1, 1)
-        only_line(old.log, "Drained: 1 requests answered while draining")
+        only_line(old.log, "Drained: 1 request answered")
 
 
 @EACH_WORKER
@@ -91,7 +91,7 @@ def test_what_the_drain_cuts_off_is_counted(place: Deploys, address: str, worker
         new = start(place, args, **QUICK)
         new.wait_for(TOOK_OVER)
         assert old.wait() == 0, old.log
-    assert "[WARNING] The drain timeout is over: cutting off 1 requests" in old.log
+    assert "[WARNING] The drain timeout ended: aborted 1 request" in old.log
     assert record_of(place, new)["parent"]["tally"]["cut_requests"] == 1
 
 
@@ -211,8 +211,8 @@ def test_a_usr2_that_fails_changes_nothing(place: Deploys, address: str, tmp_pat
     parent = up(place, args, PYTHONPATH=str(tmp_path))
     app.write_text("raise RuntimeError('broken on disk')\n")
     parent.signal(signal.SIGUSR2)
-    parent.wait_for("Hot restart failed")
-    parent.wait_for("ended before it had taken over")
+    parent.wait_for("Takeover failed")
+    parent.wait_for("exited before it had taken over")
     assert ask(address).status == 200
     app.write_text("from wsgi import app  # mended\n")
     parent.signal(signal.SIGUSR2)
@@ -272,7 +272,7 @@ def test_hup_with_another_first_address(place: Deploys, tmp_path: Path) -> None:
 
 
 def test_hup_with_an_address_that_cannot_be_bound(place: Deploys, tmp_path: Path) -> None:
-    """It is said, and the addresses stay as they were; gunicorn alone would end."""
+    """It is said, and keeping the previous addresses; gunicorn alone would end."""
     first, taken = f"127.0.0.1:{free_port()}", tmp_path / "no" / "such" / "place"
     config = tmp_path / "some.conf.py"
     config.write_text(f"bind = {first!r}\n{INSTALL}")
@@ -281,7 +281,7 @@ def test_hup_with_an_address_that_cannot_be_bound(place: Deploys, tmp_path: Path
     parent = up(place, args)
     config.write_text(f"bind = [{first!r}, 'unix:{taken}']\n{INSTALL}")
     parent.signal(signal.SIGHUP)
-    parent.wait_for("the addresses stay as they were")
+    parent.wait_for("keeping the previous addresses")
     parent.wait_for("Booting worker with pid", count=4)
     assert ask(first).status == 200
     config.write_text(f"bind = {first!r}\n{INSTALL}")

@@ -379,7 +379,7 @@ def test_a_derived_worker_with_a_server_of_its_own(
     env = {**WINDOW, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     old = start(place, args, **env)
     old.wait_for(*UP)
-    assert "own.Worker" in only_line(old.log, "make servers of their own")
+    assert "own.Worker" in only_line(old.log, "make their own servers")
     new = start(place, args, **env)
     new.wait_for(TOOK_OVER)
     old.wait_for("Worker exiting")

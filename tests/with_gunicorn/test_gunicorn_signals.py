@@ -195,7 +195,7 @@ def test_the_new_master_is_stopped_while_it_boots(
     gate.open()
     new.wait()
     assert new.log.count("Worker exiting") == 2  # by themselves: not killed at the end of the grace
-    assert f"pid {old.pid}) serves on" in only_line(new.log, "Hot restart failed")
+    assert f"pid {old.pid}) keeps serving" in only_line(new.log, "Takeover failed")
     assert old.owns(ask(f"unix:{path}").pid)
     assert int(pid_file.read_text()) == old.pid
     successor(place, old, args)

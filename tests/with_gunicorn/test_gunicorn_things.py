@@ -364,7 +364,7 @@ def test_workers_that_are_recycled(
     assert not report.failures, report
     missing = start(place, [*args[:-1], str(tmp_path / "none")], **QUICK)
     assert missing.wait() != 0
-    assert f"pid {current.pid}) serves on" in only_line(missing.log, "Hot restart failed")
+    assert f"pid {current.pid}) keeps serving" in only_line(missing.log, "Takeover failed")
     assert ask(address).pid in workers_of(current)  # with this answer it may have gone
 
 

@@ -91,7 +91,7 @@ def test_long_lived_connections_are_ended_one_by_one(
     for one in streams:
         assert read_all(one.sock).endswith(b"0\r\n\r\n")
     assert old.wait() == 0
-    assert "4 WebSockets, 4 event streams), 0 cut off" in old.log, old.log
+    assert "4 WebSockets closed, 4 event streams ended; exiting" in old.log, old.log
     assert "Traceback" not in old.log
     for one in (*sockets, *streams):
         one.sock.close()
@@ -153,7 +153,7 @@ def test_only_event_streams_are_ended(
         for one in plain:
             read_until(one.sock, b"1\r\n]\r\n0\r\n\r\n")
         assert old.wait() == 0
-        assert "1 event streams), 1 cut off" in old.log, old.log
+        assert "1 event stream ended, 1 aborted; exiting" in old.log, old.log
         flood.sock.close()
 
 
@@ -163,7 +163,7 @@ def test_what_a_drain_did_is_counted(place: Deploys, address: str) -> None:
     old = up(place, args)
     with Connection(address) as idle, Connection(address) as unread:
         new = place.start(args)
-        old.wait_for("asks for this instance's listeners")
+        old.wait_for("Takeover started by pid")
         assert idle.get().status == 200  # so that it is idle for long enough
         assert ask(address).status == 200
         new.wait_for(TOOK_OVER)
@@ -173,8 +173,8 @@ def test_what_a_drain_did_is_counted(place: Deploys, address: str) -> None:
         assert idle.at_end()  # its own keep-alive timeout
         assert old.wait() == 0
     counted = (
-        "1 requests answered while draining; 0 connections handed over, 2 ended "
-        "(1 after an answer, 1 idle, 0 WebSockets, 0 event streams), 0 cut off"
+        "Drained: 1 request answered, 1 connection closed after an answer, "
+        "1 idle connection closed; exiting"
     )
     assert counted in old.log
 
@@ -283,11 +283,11 @@ def test_the_record_of_a_failure(place: Deploys, address: str) -> None:
     assert record["outcome"] == "failed"
     assert "DEMO_FAIL=import" in record["child"]["reason"]
     killed = place.start(args, DEMO_FAIL="hang")
-    old.wait_for("asks for this instance's listeners", count=2)
+    old.wait_for("Takeover started by pid", count=2)
     killed.signal(signal.SIGKILL)
-    old.wait_for(f"pid {killed.pid} ended before it had taken over")
+    old.wait_for(f"pid {killed.pid} exited before it had taken over")
     deadline = time.monotonic() + 30  # the line in the log comes before the record
     while record["outcome"] != "failed" or record["child"]["pid"] != killed.pid:
         assert time.monotonic() < deadline
         record = place.record_of(killed.pid)
-    assert re.search("ended before it had taken over", record["parent"]["reason"])
+    assert re.search("exited before it had taken over", record["parent"]["reason"])

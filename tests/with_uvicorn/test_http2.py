@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import ssl
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from demo_app.deploys import TOOK_OVER, UP, Deploys, Instance, command
 from tests.support import certificates
 from tests.support.http2 import NO_MORE, Http2
-from tests.support.instances import ONE_OR_MORE, QUICK, STOPPED
+from tests.support.instances import ONE_OR_MORE, QUICK, STOPPED, drained
 from tests.support.raw import ask
 
 
@@ -64,7 +65,7 @@ def test_a_drain_says_goaway_and_loses_no_stream(
             assert (answer.status, old.owns(answer.pid)) == (200, True)
             assert b'"bytes":8' in answer.body
     assert old.wait() == 0
-    assert "0 WebSockets, 0 event streams), 0 cut off" in old.log, old.log
+    assert not re.search("WebSocket|event stream|aborted", drained(old.log))
     with Http2(address, context) as client:
         assert new.owns(client.get().pid)
 
@@ -82,7 +83,7 @@ def test_the_keep_alive_timeout_ends_the_connection(place: Deploys, address: str
         assert client.at_end()
     assert old.wait() == 0
     assert "1 ended" in old.log
-    assert "0 cut off" in old.log
+    assert "aborted" not in drained(old.log)
 
 
 def test_a_rollback_keeps_new_connections(place: Deploys, address: str) -> None:

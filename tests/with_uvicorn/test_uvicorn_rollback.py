@@ -95,8 +95,8 @@ def test_a_worker_that_is_held_up_ends_at_the_drain_timeout(
         holding.send(request("/hold"))
         old.wait_for("held up")
         successor(place, old, args)
-        assert old.log.count("has not drained in time: killing it") == 1
-        assert "1 cut off; leaving" in old.log
+        assert old.log.count("did not drain in time; killing it") == 1
+        assert "1 aborted; exiting" in old.log
         with pytest.raises(ConnectionError):
             holding.answer()
 
@@ -136,7 +136,7 @@ def test_no_worker_is_started_once_replaced(place: Deploys, address: str, tmp_pa
     takes_over(place, old, args)
     gate.open("w").close()
     old.wait_for(f"Child process [{bad}] died")
-    old.wait_for("was started behind the takeover: killing it")
+    old.wait_for("was started after the takeover; killing it")
     old.stop()
     assert old.log.count("Started server process") == 4
 

@@ -48,8 +48,8 @@ def test_a_child_that_fails_changes_nothing(
         ready_timeout = {"HOTRESTART_READY_TIMEOUT": "1.5"} if fault == "hang" else {}
         child = place.start(args, DEMO_FAIL=fault, **QUICK, **ready_timeout)
         assert child.wait() == 3, child.log
-        (line,) = [line for line in child.log.splitlines() if "Hot restart failed" in line]
-        assert f"pid {parent.pid}) serves on" in line
+        (line,) = [line for line in child.log.splitlines() if "Takeover failed" in line]
+        assert f"pid {parent.pid}) keeps serving" in line
         if fault == "hang":
             assert "not ready within 1.5 s" in line
         load.wait(answers=50)
@@ -77,7 +77,7 @@ def test_an_app_that_exits_in_its_import_has_failed(
     args[args.index("app:app")] = "exits:app"
     child = place.start(args, **QUICK)
     assert child.wait() == 3, child.log
-    assert f"Hot restart failed: {said}; the running instance" in child.log
+    assert f"Takeover failed: {said}; the running instance" in child.log
     assert parent.owns(ask(address).pid)
 
 
@@ -108,7 +108,7 @@ def test_an_import_that_hangs_can_be_stopped(place: Deploys, address: str, tmp_p
     child.wait_for("in the import")
     child.signal(signal.SIGTERM)
     assert child.wait() == -signal.SIGTERM
-    parent.wait_for(f"pid {child.pid} ended before it had taken over; serving on")
+    parent.wait_for(f"pid {child.pid} exited before it had taken over; this instance keeps serving")
 
 
 @pytest.mark.once
@@ -123,7 +123,7 @@ def test_each_step_is_said_as_it_happens(
     first.wait_for("in the startup")
     assert f"Inherited {address} from pid {parent.pid}" in first.log
     second = place.start(args, **QUICK)
-    second.wait_for(f"pid {first.pid} is not ready yet: waiting for this instance's turn")
+    second.wait_for(f"for pid {first.pid} to finish its takeover")
     latch.unlink()
     assert first.wait() == 0, first.log
     assert f"Overtaken by pid {second.pid}" in first.log

@@ -98,7 +98,7 @@ def test_a_replaced_instance_that_is_stopped_finishes_its_drain(
     assert old.wait() == (0 if server == "uvicorn4" else -signal.SIGTERM)
     assert place.record_of(new.pid)["steps"][-1]["step"] == "drained"
     assert "serves again" not in old.log
-    assert old.log.count("Drained: 1 requests answered") == 1
+    assert old.log.count("Drained: 1 request answered") == 1
 
 
 @pytest.mark.once
@@ -112,7 +112,7 @@ def test_what_is_open_at_the_drain_timeout_is_closed_then(
     with Connection(address) as busy:
         busy.begin_upload()
         new = replaced_while_busy(place, args, old)
-        old.wait_for("The drain timeout is over: cutting off 1 requests")
+        old.wait_for("The drain timeout ended: aborted 1 request")
         assert busy.answer().status == 500  # uvicorn's own way to cut a request off
         assert busy.at_end()
         crash(new, address)

@@ -136,7 +136,7 @@ def processor(pid: int) -> float:
 def steps(place: Deploys, new: Instance) -> tuple[dict[str, float], dict[str, Any]]:
     """When each step of the takeover was done, and what the old instance says of it."""
     record = place.record_of(new.pid)
-    return {step["step"]: step["time"] for step in record["steps"]}, record["parent"]
+    return {step["step"]: step["time"] for step in record["steps"]}, record["old"]
 
 
 @dataclass
@@ -179,7 +179,7 @@ def move(number: int, more: list[str]) -> Move:
             sock.close()
         return Move(
             alive=alive,
-            moved=told["tally"]["moved"] - 1,
+            moved=told["drain"]["handed_over"] - 1,
             seconds=when["drained"] - when["ready"],
             spent=spent,
             slowest=max(spent for at, spent in asking.answers if at > took - 0.1),
@@ -283,7 +283,7 @@ def busy(clients: int, takeovers: int, way: str, server: str, more: list[str]) -
                 old.close()
                 if status:
                     raise DeployError(f"pid {old.pid} ended with {status}:\n{old.log}")
-                moved += steps(place, current)[1]["tally"]["moved"]
+                moved += steps(place, current)[1]["drain"]["handed_over"]
                 load.wait(answers=clients, timeout=120)
             report = load.stop()
         current.stop()

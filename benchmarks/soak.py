@@ -207,7 +207,7 @@ def mix_for(name: str) -> Mix:
 
 def meeting_files(place: Deploys) -> list[str]:
     """The names in the meeting directory; a number in one may be any number."""
-    numbers = re.compile(r"(?<=^moved\.)[0-9a-f]+|\d+")
+    numbers = re.compile(r"(?<=^to-(?:new|old)\.)[0-9a-f]+|\d+")
     return sorted(numbers.sub("N", one) for one in os.listdir(place.directory / "meet"))
 
 

@@ -218,7 +218,7 @@ class Deploys:
         """What the record says of the takeover by this child."""
         for path in (self.directory / "meet").glob("handover-*.json"):
             record: dict[str, Any] = json.loads(path.read_text())
-            if record["child"]["pid"] == child_pid:
+            if record["new"]["pid"] == child_pid:
                 return record
         raise DeployError(f"no record of a takeover by pid {child_pid}")
 

@@ -1,20 +1,18 @@
-"""The handover record: what one takeover did, in one JSON file in the meeting directory.
+"""The takeover record: what one takeover did, in one JSON file in the hot-restart directory.
 
-Each side writes what it knows, as it happens, so that the record outlives the death of either::
+Each instance writes what it knows, when it happens, so that the record outlives both::
 
     {"outcome": "taken over",
-     "parent": {"pid": 10, "given": ["127.0.0.1:8000"], "tally": {...}},
-     "child": {"pid": 20, "inherited": ["127.0.0.1:8000"], "bound": []},
-     "steps": [{"time": 1700000000.1, "by": "child", "step": "started"}, ...]}
+     "old": {"pid": 10, "given": ["127.0.0.1:8000"], "drain": {...}},
+     "new": {"pid": 20, "inherited": ["127.0.0.1:8000"], "bound": []},
+     "steps": [{"time": 1700000000.1, "by": "new", "step": "started"}, ...]}
 
-``handover-TIME.json``: TIME is that at which the child began, in UTC, to the microsecond. A pid may
-come again, and is not seen by a parent of another pid namespace: it is 0, or what the other calls
-itself.
+The file is ``handover-TIME.json``; TIME is when the new instance began, in UTC, to the microsecond.
+A pid would not do as its name: it may come again, and across pid namespaces it is 0.
 
-``outcome`` is 'under way', 'taken over', 'failed' (then a side has a ``reason``), 'overtaken' or
-'rolled back'.
-Times are seconds since the epoch. A record that cannot be written is no reason to fail: a line in
-the log says so.
+``outcome`` is 'under way', 'taken over', 'failed' (an instance has a ``reason`` then), 'overtaken'
+or 'rolled back'. Times are seconds since the epoch. If a record cannot be written, a line in the
+log says so, and the takeover goes on.
 """
 
 from __future__ import annotations
@@ -42,17 +40,17 @@ class Record:
     """One takeover's record. Owns no descriptor between two calls."""
 
     def __init__(
-        self, directory: Path, takeover_id: int, child_pid: int, side: str, logger: Logger
+        self, directory: Path, takeover_id: int, new_pid: int, side: str, logger: Logger
     ) -> None:
-        """`takeover_id`: the child's, see `RendezvousDirectory.child_takeover_id`.
+        """`takeover_id`: of the new instance, see `RendezvousDirectory.child_takeover_id`.
 
-        `side`: 'parent' or 'child', which one this process is.
+        `side`: 'old' or 'new', which instance this process is.
         """
         seconds, rest = divmod(takeover_id, 1_000_000)
         when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
         self.path = directory / f"{_PREFIX}{when}.{rest:06d}Z.json"
         self._side = side
-        self._child_pid = child_pid
+        self._new_pid = new_pid
         self._log = logger
 
     def note(self, step: str = "", *, outcome: str = "", **facts: object) -> None:
@@ -60,12 +58,12 @@ class Record:
         try:
             with _locked(self.path.parent):
                 self._write(step, outcome, facts)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (a record is no reason for a takeover to fail)
             write(self._log, RECORD_FAILED, path=self.path, error=error)
 
     def _write(self, step: str, outcome: str, facts: dict[str, object]) -> None:
         record = self._read()
-        # The parent of an overtaken child sees only that it ended.
+        # The old instance sees of one that was overtaken only that it exited.
         if record["outcome"] != OVERTAKEN.outcome:
             record["outcome"] = outcome or record["outcome"]
         record[self._side] |= {"pid": os.getpid(), **facts}
@@ -77,16 +75,19 @@ class Record:
         _prune(self.path.parent)
 
     def _read(self) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = json.loads(self.path.read_text())
-        except FileNotFoundError:
-            return {
-                "outcome": "under way",
-                "parent": {},
-                "child": {"pid": self._child_pid},
-                "steps": [],
-            }
-        return found
+        record: dict[str, Any] = {
+            "outcome": "under way",
+            "old": {},
+            "new": {"pid": self._new_pid},
+            "steps": [],
+        }
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found = json.loads(self.path.read_text())
+            # Another release of this package may have begun it, in another form.
+            for key, empty in record.items() if isinstance(found, dict) else ():
+                if isinstance(found.get(key), type(empty)):
+                    record[key] = found[key]
+        return record
 
 
 def _prune(directory: Path) -> None:

@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-_RECORD_KEYS = {
-    "handed_over": "moved",
-    "aborted_requests": "cut_requests",
-    "aborted_websockets": "cut_websockets",
-    "aborted_idle": "cut_idle",
-    "aborted_tasks": "cut_tasks",
-}
-"""The names of fields in the handover record, where they differ."""
-
 
 @dataclass
 class DrainStats:
@@ -74,9 +65,9 @@ class DrainStats:
             (self.aborted_tasks, "background task"),
         )
 
-    def as_record(self) -> dict[str, int]:
-        """Return the counts under their names in the handover record."""
-        return {_RECORD_KEYS.get(name, name): count for name, count in asdict(self).items()}
+    def counts(self) -> dict[str, int]:
+        """Return the counts by name, for the record."""
+        return asdict(self)
 
     def __str__(self) -> str:
         return (

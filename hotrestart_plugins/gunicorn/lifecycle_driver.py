@@ -171,7 +171,7 @@ class LifecycleDriver:
         hot, journal = self._hot, self._journal
         if hot.role is Role.CHILD:
             journal.record = Record(
-                self._directory, hot.takeover_id, os.getpid(), "child", journal.logger
+                self._directory, hot.takeover_id, os.getpid(), "new", journal.logger
             )
         journal.emit(events.STARTED)
         self._listeners.open(hot)
@@ -276,7 +276,7 @@ class LifecycleDriver:
         means = self._hot.child_ended()
         if means is ChildExitAction.NOTHING:
             self._journal.record = self._record_with(child)
-            why = "the child ended before it had taken over"
+            why = "the new instance exited before it had taken over"
             self._journal.emit(events.TAKEOVER_GIVEN_UP, facts={"reason": why})
         elif means is ChildExitAction.LEAVE:
             self._happened(Event.NEW_INSTANCE_LEFT)
@@ -287,7 +287,7 @@ class LifecycleDriver:
         self._deadlines.watch(self._hot.fileno())
 
     def _record_with(self, child: Child) -> Record:
-        return Record(self._directory, child.takeover_id, child.pid, "parent", self._journal.logger)
+        return Record(self._directory, child.takeover_id, child.pid, "old", self._journal.logger)
 
     def _look_at_control(self) -> None:
         if self._deadlines.expired("control") and self.lifecycle.serves:
@@ -319,9 +319,7 @@ class LifecycleDriver:
         if not self._pool.followed():
             return
         if self.lifecycle.serves:
-            self._journal.emit(
-                events.ACCEPTING_AGAIN, facts={"tally": self._pool.stats.as_record()}
-            )
+            self._journal.emit(events.ACCEPTING_AGAIN, facts={"drain": self._pool.stats.counts()})
             return
         self._journal.emit(events.STOPPED_ACCEPTING)
         self._happened(Event.STOPPED_ACCEPTING)
@@ -372,4 +370,4 @@ class LifecycleDriver:
         if stats.aborted:
             self._journal.emit(events.DRAIN_TIMED_OUT, aborted=stats.aborted_text())
         self._journal.emit(events.DRAINED, stats=stats)
-        self._journal.emit(events.DRAIN_ENDED, facts={"tally": stats.as_record()})
+        self._journal.emit(events.DRAIN_ENDED, facts={"drain": stats.counts()})

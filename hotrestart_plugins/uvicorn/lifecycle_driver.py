@@ -265,14 +265,14 @@ class LifecycleDriver:
             self._begin_record(child)
             self._journal.emit(
                 events.TAKEOVER_GIVEN_UP,
-                facts={"reason": "the child ended before it had taken over"},
+                facts={"reason": "the new instance exited before it had taken over"},
             )
 
     def _begin_record(self, child: Child | None) -> None:
         """From here on, note what happens in the record of the takeover by `child`."""
         takeover_id, pid = (child.takeover_id, child.pid) if child is not None else (0, 0)
         self._journal.record = Record(
-            self._takeover.directory, takeover_id, pid, "parent", self._journal.logger
+            self._takeover.directory, takeover_id, pid, "old", self._journal.logger
         )
 
     # -- what the lifecycle asks for -----------------------------------------------------------
@@ -331,7 +331,7 @@ class LifecycleDriver:
         except Exception as error:  # noqa: BLE001 (what is open is cut off)
             self._journal.emit(events.DRAIN_FAILED, traceback=error)
             finished = False
-        self._journal.emit(events.DRAIN_ENDED, facts={"tally": self._serving.stats.as_record()})
+        self._journal.emit(events.DRAIN_ENDED, facts={"drain": self._serving.stats.counts()})
         self.report(Event.DRAINED if paused and finished else Event.DRAIN_TIMED_OUT)
 
     def _accept_again(self) -> None:
@@ -347,7 +347,7 @@ class LifecycleDriver:
             self._journal.emit(events.REPLACEMENT_FAILED, traceback=error)
             self.end()
             return
-        self._journal.emit(events.ACCEPTING_AGAIN, facts={"tally": self._serving.stats.as_record()})
+        self._journal.emit(events.ACCEPTING_AGAIN, facts={"drain": self._serving.stats.counts()})
 
     def _stand_down(self) -> None:
         self._switch_by(self._close_listeners)

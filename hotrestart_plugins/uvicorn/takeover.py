@@ -121,7 +121,7 @@ class Takeover:
         self.directory = directory
         if self.hot.initialize(directory, len(names)) is Role.CHILD:
             self._journal.record = Record(
-                directory, self.hot.takeover_id, os.getpid(), "child", self._journal.logger
+                directory, self.hot.takeover_id, os.getpid(), "new", self._journal.logger
             )
             self._journal.emit(events.STARTED)
 

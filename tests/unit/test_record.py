@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_leak")
 STARTED = 1_700_000_000_000_000  # a takeover id
 
 
-def record(directory: Path, side: str = "child") -> Record:
+def record(directory: Path, side: str = "new") -> Record:
     return Record(directory, STARTED, 7, side, logging.getLogger("hotrestart"))
 
 
@@ -51,6 +51,31 @@ def test_a_lock_that_is_not_freed(meet: Path, caplog: pytest.LogCaptureFixture) 
     assert [step["step"] for step in content(meet)["steps"]] == ["started"]
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [
+        '{"outcome": "under way", "parent": {"pid": 1}, "child": {"pid": 7}, "steps": []}',
+        '{"outcome": 5, "old": [], "steps": {}}',
+        "[]",
+        '{"outcome": "un',
+    ],
+)
+def test_another_release_has_begun_it(
+    meet: Path, caplog: pytest.LogCaptureFixture, begun: str
+) -> None:
+    """What is not in today's form is left out, and the notes of today are not lost."""
+    record(meet).path.write_text(begun)
+    record(meet, "old").note("drained", outcome="taken over", given=["a"])
+    assert not caplog.records
+    found = content(meet)
+    assert (found["outcome"], found["old"]["given"], found["new"]) == (
+        "taken over",
+        ["a"],
+        {"pid": 7},
+    )
+    assert [step["step"] for step in found["steps"]] == ["drained"]
+
+
 PARENT = """
 import logging, sys
 from pathlib import Path
@@ -58,7 +83,7 @@ from hotrestart_plugins.core.record import Record
 directory, started = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 for _ in range(20):
-    Record(directory, started, 7, "parent", logging.getLogger("hotrestart")).note("parent's")
+    Record(directory, started, 7, "old", logging.getLogger("hotrestart")).note("parent's")
 """
 
 
@@ -76,5 +101,5 @@ def test_both_sides_at_once(processes: Processes, meet: Path) -> None:
 def test_an_overtaken_child(meet: Path) -> None:
     """Its parent sees only that it ended; the outcome stays."""
     record(meet).note(outcome="overtaken")
-    record(meet, "parent").note(outcome="failed", reason="it ended")
+    record(meet, "old").note(outcome="failed", reason="it ended")
     assert content(meet)["outcome"] == "overtaken"

@@ -65,19 +65,19 @@ def test_the_record_of_a_takeover(place: Deploys, address: str, worker: str) -> 
     assert old.wait() == 0, old.log
     record = record_of(place, new)
     assert record["outcome"] == "taken over"
-    assert record["child"] == {"pid": new.pid, "inherited": [address], "bound": []}
-    assert (record["parent"]["pid"], record["parent"]["given"]) == (old.pid, [address])
+    assert record["new"] == {"pid": new.pid, "inherited": [address], "bound": []}
+    assert (record["old"]["pid"], record["old"]["given"]) == (old.pid, [address])
     assert steps_of(record) == [
-        ("child", "started"),
-        ("child", "listeners inherited"),
-        ("child", "ready"),
-        ("parent", "stopped accepting"),
-        ("parent", "drained"),
+        ("new", "started"),
+        ("new", "listeners inherited"),
+        ("new", "ready"),
+        ("old", "stopped accepting"),
+        ("old", "drained"),
     ]
-    tally = record["parent"]["tally"]
-    assert tally["cut_requests"] == 0
+    stats = record["old"]["drain"]
+    assert stats["aborted_requests"] == 0
     if worker != "sync":
-        assert (tally["requests"], tally["finished"]) == (1, 1)
+        assert (stats["requests"], stats["finished"]) == (1, 1)
         only_line(old.log, "Drained: 1 request answered")
 
 
@@ -92,7 +92,7 @@ def test_what_the_drain_cuts_off_is_counted(place: Deploys, address: str, worker
         new.wait_for(TOOK_OVER)
         assert old.wait() == 0, old.log
     assert "[WARNING] The drain timeout ended: aborted 1 request" in old.log
-    assert record_of(place, new)["parent"]["tally"]["cut_requests"] == 1
+    assert record_of(place, new)["old"]["drain"]["aborted_requests"] == 1
 
 
 @pytest.mark.parametrize("worker", ["gthread", "asgi"])
@@ -112,7 +112,7 @@ def test_the_record_of_a_failure_and_of_a_rollback(
     ask(address)
     record = record_of(place, child)
     assert record["outcome"] == "rolled back"
-    assert steps_of(record)[-1] == ("parent", "accepting again")
+    assert steps_of(record)[-1] == ("old", "accepting again")
 
 
 # -- the probe -------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_websockets_of_asgi_are_told_to_come_back(place: Deploys, address: str) 
         report = load.stop()
     assert not report.failures, report
     assert report.ws_restarts >= 4, report
-    assert record_of(place, new)["parent"]["tally"]["websockets"] == 4
+    assert record_of(place, new)["old"]["drain"]["websockets"] == 4
 
 
 # -- USR2 and HUP ----------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_usr2_is_the_whole_deploy(
     assert not report.failures, report
     assert first.wait() == 0, first.log
     assert first.owns(ask(address).pid)
-    assert record_of(place, pids[2])["parent"]["pid"] == pids[1]
+    assert record_of(place, pids[2])["old"]["pid"] == pids[1]
 
 
 def test_a_usr2_that_fails_changes_nothing(place: Deploys, address: str, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_no_client_reconnects(place: Deploys, address: str, worker: str) -> None
         report = load.stop()
     assert not report.failures, report
     assert (report.reconnects, report.closed_idle) == (0, 0), report
-    assert record_of(place, current)["parent"]["tally"]["moved"] > 0
+    assert record_of(place, current)["old"]["drain"]["handed_over"] > 0
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -335,8 +335,8 @@ def test_connections_that_might_speak_http2_move(place: Deploys, address: str) -
     with Connection(address) as idle, Connection(address) as unread:
         assert not idle.get().closes
         new = successor(place, old, [*args, "2"])
-        tally = record_of(place, new)["parent"]["tally"]
-        assert (tally["moved"], tally["cut_requests"]) == (2, 0)
+        stats = record_of(place, new)["old"]["drain"]
+        assert (stats["handed_over"], stats["aborted_requests"]) == (2, 0)
         assert new.owns(unread.get().pid)
         assert idle.at_end()
 
@@ -359,7 +359,7 @@ def test_the_server_keeps_its_name(place: Deploys, tmp_path: Path) -> None:
     with Connection(f"127.0.0.1:{port}") as connection:
         assert connection.get().body == b"0.0.0.0"
         new = successor(place, old, args)
-        assert record_of(place, new)["parent"]["tally"]["moved"] == 1
+        assert record_of(place, new)["old"]["drain"]["handed_over"] == 1
         assert connection.get().body == b"0.0.0.0"
 
 
@@ -370,7 +370,7 @@ def test_what_waits_in_a_thread_moves(place: Deploys, address: str) -> None:
     with Connection(address) as unread:
         ask(address)  # came behind it
         new = successor(place, old, args)
-        assert record_of(place, new)["parent"]["tally"]["moved"] == 1
+        assert record_of(place, new)["old"]["drain"]["handed_over"] == 1
         assert new.owns(unread.get().pid)
 
 

@@ -256,17 +256,17 @@ def test_the_record_of_a_takeover(place: Deploys, address: str) -> None:
     (path,) = (place.directory / "meet").glob("handover-*.json")
     record = json.loads(path.read_text())
     assert record["outcome"] == "taken over"
-    assert (record["parent"]["pid"], record["child"]["pid"]) == (old.pid, new.pid)
-    assert record["child"]["inherited"] == [address]
-    assert record["child"]["bound"] == []
-    assert record["parent"]["tally"]["cut_requests"] == 0
+    assert (record["old"]["pid"], record["new"]["pid"]) == (old.pid, new.pid)
+    assert record["new"]["inherited"] == [address]
+    assert record["new"]["bound"] == []
+    assert record["old"]["drain"]["aborted_requests"] == 0
     steps = [(step["by"], step["step"]) for step in record["steps"]]
     assert steps == [
-        ("child", "started"),
-        ("child", "listeners inherited"),
-        ("child", "ready"),
-        ("parent", "stopped accepting"),
-        ("parent", "drained"),
+        ("new", "started"),
+        ("new", "listeners inherited"),
+        ("new", "ready"),
+        ("old", "stopped accepting"),
+        ("old", "drained"),
     ]
     times = [step["time"] for step in record["steps"]]
     assert times == sorted(times)
@@ -281,13 +281,13 @@ def test_the_record_of_a_failure(place: Deploys, address: str) -> None:
     (path,) = (place.directory / "meet").glob("handover-*.json")
     record = json.loads(path.read_text())
     assert record["outcome"] == "failed"
-    assert "DEMO_FAIL=import" in record["child"]["reason"]
+    assert "DEMO_FAIL=import" in record["new"]["reason"]
     killed = place.start(args, DEMO_FAIL="hang")
     old.wait_for("Takeover started by pid", count=2)
     killed.signal(signal.SIGKILL)
     old.wait_for(f"pid {killed.pid} exited before it had taken over")
     deadline = time.monotonic() + 30  # the line in the log comes before the record
-    while record["outcome"] != "failed" or record["child"]["pid"] != killed.pid:
+    while record["outcome"] != "failed" or record["new"]["pid"] != killed.pid:
         assert time.monotonic() < deadline
         record = place.record_of(killed.pid)
-    assert re.search("exited before it had taken over", record["parent"]["reason"])
+    assert re.search("exited before it had taken over", record["old"]["reason"])

@@ -27,9 +27,9 @@ def start(place: Deploys, args: list[str], *texts: str, **env: str) -> Instance:
 
 
 def outcome(place: Deploys, child: Instance) -> dict[str, int]:
-    """The tally in the record of the takeover by this child."""
-    tally: dict[str, int] = place.record_of(child.pid)["parent"]["tally"]
-    return tally
+    """The stats in the record of the takeover by this child."""
+    stats: dict[str, int] = place.record_of(child.pid)["old"]["drain"]
+    return stats
 
 
 @pytest.mark.parametrize("unix", [False, True])
@@ -71,7 +71,7 @@ def test_whatever_waits_moves_at_once(place: Deploys, address: str, server: str)
         assert all(answer.status == 200 and not answer.closes for answer in answers)
         assert all(new.owns(answer.pid) for answer in answers)
         assert len({answer.pid for answer in answers}) == (4 if server == "uvicorn4" else 1)
-        assert outcome(place, new)["moved"] == 40
+        assert outcome(place, new)["handed_over"] == 40
 
 
 @pytest.mark.parametrize("parser", ["h11", "httptools"])
@@ -99,7 +99,7 @@ def test_a_pair_of_requests_cut_anywhere_is_answered_once_each(
             third = connection.get()
             assert new.owns(third.pid), cut
         assert old.wait() == 0
-    assert outcome(place, new)["moved"] == len(cuts)
+    assert outcome(place, new)["handed_over"] == len(cuts)
 
 
 def test_a_busy_connection_moves_right_after_its_answer(place: Deploys, address: str) -> None:
@@ -193,7 +193,7 @@ def test_a_child_without_room_takes_what_it_can(place: Deploys, address: str) ->
             taken += answer.pid == new.pid
         assert 0 < taken < 100
         assert old.wait() == 0
-        assert outcome(place, new)["moved"] == taken
+        assert outcome(place, new)["handed_over"] == taken
         assert new.running
         assert "descriptor limit" in new.log
 
@@ -290,7 +290,7 @@ def test_one_that_moves_twice_keeps_its_timeout(place: Deploys, address: str, se
         for _ in range(2):
             new = start(place, args, TOOK_OVER)
             assert old.wait() == 0
-            assert outcome(place, new)["moved"] == 1
+            assert outcome(place, new)["handed_over"] == 1
             old = new
         assert idle.at_end()
 
@@ -306,7 +306,7 @@ def test_switched_off(place: Deploys, address: str) -> None:
         answer = idle.get()
         assert (answer.status, answer.pid, answer.closes) == (200, old.pid, True)
         assert old.wait() == 0
-        assert outcome(place, new)["moved"] == 0
+        assert outcome(place, new)["handed_over"] == 0
 
 
 @pytest.mark.descriptors
@@ -326,7 +326,7 @@ def test_a_thousand_connections_go_in_one_go(place: Deploys, address: str) -> No
             connection.send(request())
         for connection in opened:
             assert connection.answer().pid == new.pid
-        assert outcome(place, new)["moved"] == 1000
+        assert outcome(place, new)["handed_over"] == 1000
 
 
 ENDS_AS_ONE_COMES = """

@@ -119,16 +119,24 @@ def tmp_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def processes() -> Iterator[Processes]:
-    """Starts processes, and ends each of them, by its pid, after the test."""
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Starts processes, and ends each of them, by its pid, after the test.
+
+    `tmp_path` goes after that: what still runs may write there.
+    """
+    del tmp_path
     started = Processes()
     yield started
     started.close()
 
 
 @pytest.fixture
-def place() -> Iterator[Deploys]:
-    """Starts instances that meet in a directory of their own; all are ended behind the test."""
+def place(tmp_path: Path) -> Iterator[Deploys]:
+    """Starts instances that meet in a directory of their own; all are ended after the test.
+
+    `tmp_path` goes after that: what still runs may write there.
+    """
+    del tmp_path
     with Deploys() as found:
         yield found
 

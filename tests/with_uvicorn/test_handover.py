@@ -333,13 +333,13 @@ ENDS_AS_ONE_COMES = """
 import asyncio
 from app import app
 from hotrestart_plugins.gunicorn.adapters.asgi import AsgiAdapter
-shutdown = AsgiAdapter._shutdown
-async def ends(gate):
+shut_down = AsgiAdapter._shut_down
+async def ends(adapter, gunicorns):
     print("ends", flush=True)
-    while not gate._adopter.pending:
+    while not adapter._adopter.pending:
         await asyncio.sleep(0)
-    await shutdown(gate)
-AsgiAdapter._shutdown = ends
+    await shut_down(adapter, gunicorns)
+AsgiAdapter._shut_down = ends
 """
 
 

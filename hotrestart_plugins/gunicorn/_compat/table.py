@@ -1,19 +1,12 @@
-"""Names of gunicorn's own, what needs each, and whether the installed gunicorn has them.
-
-Nothing is imported for a look: a module that is not loaded is judged by its compiled code.
-gunicorn's control socket and its dirty arbiter import asyncio, which must not be loaded in the
-master before a gevent worker patches it.
-"""
+"""Names of gunicorn's own, what needs each, and whether the installed gunicorn has them."""
 
 from __future__ import annotations
 
-import dis
 import enum
-import sys
-from collections.abc import Iterable, Iterator
-from importlib.machinery import PathFinder
-from types import CodeType, FunctionType
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from hotrestart_plugins.core import private_names
 
 
 class Feature(enum.Enum):
@@ -69,83 +62,9 @@ def check(names: Iterable[Name]) -> dict[Feature, list[Name]]:
 
 
 def missing(names: Iterable[Name]) -> dict[Feature, list[Name]]:
-    """The rows whose name the installed gunicorn does not have, by what needs them.
-
-    An attribute that exists only on instances counts as there if a method of the class, or of a
-    base class, assigns it.
-    """
+    """Return the rows whose name the installed gunicorn does not have, by what needs them."""
     found: dict[Feature, list[Name]] = {}
     for name in names:
-        if not _has(_find(name.owner), name.attribute):
+        if not private_names.has(private_names.find(name.owner), name.attribute):
             found.setdefault(name.feature, []).append(name)
     return found
-
-
-def _find(owner: str) -> object:
-    """The owner itself if it is loaded, else its code; None if there is none."""
-    parts = owner.split(".")
-    for length in range(len(parts), 0, -1):
-        found: object = sys.modules.get(".".join(parts[:length]))
-        if found is not None:
-            for part in parts[length:]:
-                found = getattr(found, part, None)
-            return _code_of(parts) if found is None else found
-    return _code_of(parts)
-
-
-def _code_of(parts: list[str]) -> CodeType | None:
-    """The compiled code of a module or of a class in it. The module is not run."""
-    path: list[str] | None = None
-    code: CodeType | None = None
-    for number in range(len(parts)):
-        name = ".".join(parts[: number + 1])
-        spec = PathFinder.find_spec(name, path)
-        if spec is None:
-            break
-        get_code = getattr(spec.loader, "get_code", None)
-        code = None if get_code is None else get_code(name)
-        path = spec.submodule_search_locations
-        if path is None:
-            number += 1  # noqa: PLW2901  # what follows is in this module
-            break
-    for part in parts[number:]:
-        if code is not None:
-            code = next((inner for inner in _inner(code) if inner.co_name == part), None)
-    return code
-
-
-def _has(owner: object, attribute: str) -> bool:
-    if isinstance(owner, CodeType):
-        return _assigns(owner, attribute)
-    if isinstance(owner, list):  # gunicorn.config.KNOWN_SETTINGS
-        return any(setting.name == attribute for setting in owner)
-    if hasattr(owner, attribute):
-        return True
-    return isinstance(owner, type) and any(
-        isinstance(function, FunctionType) and _assigns(function.__code__, attribute)
-        for base in owner.__mro__
-        for function in vars(base).values()
-    )
-
-
-def _assigns(code: CodeType, name: str) -> bool:
-    """Whether the code, or a function in it, defines the name or assigns it to ``self``."""
-    if name in code.co_names:
-        loaded: object = None
-        for step in dis.get_instructions(code):
-            if step.opname == "STORE_NAME" and step.argval == name:
-                return True
-            if step.opname == "STORE_ATTR" and step.argval == name and loaded == "self":
-                return True
-            if step.opname != "EXTENDED_ARG":
-                # Later Pythons load two variables at once; the object is the last of them.
-                loaded = (
-                    step.argval[-1]
-                    if isinstance(step.argval, tuple) and step.argval
-                    else step.argval
-                )
-    return any(_assigns(inner, name) for inner in _inner(code))
-
-
-def _inner(code: CodeType) -> Iterator[CodeType]:
-    return (constant for constant in code.co_consts if isinstance(constant, CodeType))

@@ -1,20 +1,12 @@
-"""Names of uvicorn's own, what needs each, and whether the installed uvicorn has them.
-
-Nothing is imported for a look: a module that needs a parser which is not installed is judged by its
-compiled code, like every other one.
-"""
+"""Names of uvicorn's own, what needs each, and whether the installed uvicorn has them."""
 
 from __future__ import annotations
 
-import dis
 import enum
-import functools
-import importlib.util
-from collections.abc import Iterable, Iterator
-from types import CodeType
+from collections.abc import Iterable
 from typing import NamedTuple
 
-_EMPTY = compile("", "", "exec")
+from hotrestart_plugins.core import private_names
 
 
 class Feature(enum.Enum):
@@ -50,52 +42,11 @@ class Name(NamedTuple):
 def missing(names: Iterable[Name]) -> dict[Feature, list[Name]]:
     """Return the rows whose name the installed uvicorn does not have, by what needs them.
 
-    A class has an attribute if it defines it, or if one of its methods assigns it to an object.
-    Its base classes are not looked at: no class in the table inherits from one of uvicorn's. A
-    module that is missing as a whole is one of an optional protocol, which nobody speaks then.
+    A module that is missing as a whole is one of an optional protocol, which nobody speaks then.
     """
     found: dict[Feature, list[Name]] = {}
     for name in names:
-        code = _code_of(name.owner)
-        if code is not None and not _assigns(code, name.attribute):
+        owner = private_names.find(name.owner)
+        if owner is not private_names.Absent and not private_names.has(owner, name.attribute):
             found.setdefault(name.feature, []).append(name)
     return found
-
-
-def _assigns(code: CodeType, name: str) -> bool:
-    """Whether the code, or a function in it, defines the name or assigns it to an object."""
-    if name in code.co_names and any(
-        step.argval == name and step.opname in ("STORE_ATTR", "STORE_NAME")
-        for step in dis.get_instructions(code)
-    ):
-        return True
-    return any(_assigns(inner, name) for inner in _inner(code))
-
-
-@functools.cache
-def _code_of(owner: str) -> CodeType | None:
-    """Return the compiled code of a module, or of a class in it; None if there is no such module.
-
-    A class that the module lacks has no names: the code is empty.
-    """
-    parent, _, last = owner.rpartition(".")
-    code = _code_of_module(owner)
-    if code is not None:
-        return code
-    code = _code_of_module(parent)
-    if code is None:
-        return None
-    return next((inner for inner in _inner(code) if inner.co_name == last), _EMPTY)
-
-
-def _code_of_module(name: str) -> CodeType | None:
-    try:
-        spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        return None
-    get_code = getattr(spec.loader, "get_code", None) if spec is not None else None
-    return None if get_code is None else get_code(name)
-
-
-def _inner(code: CodeType) -> Iterator[CodeType]:
-    return (constant for constant in code.co_consts if isinstance(constant, CodeType))

@@ -239,6 +239,9 @@ NEW_INSTANCE_CRASHED = Event(
     "error",
     "pid {pid} crashed after it had taken over; this instance serves again",
 )
+CLAIM_NOT_EXCLUSIVE = Event(
+    "claim_not_exclusive", "warning", "Deciding who serves without the lock: {error}"
+)
 NAME_NOT_TAKEN_BACK = Event(
     "name_not_taken_back", "error", "Could not take the parent socket back: {error}"
 )

@@ -1,11 +1,12 @@
-"""The locks in the hot-restart directory: tickets, turns, and the instances that stand by.
+"""The locks in the hot-restart directory: tickets, turns, claims, the instances that stand by.
 
 They are POSIX record locks. The kernel frees them when their process dies, a forked worker never
 holds one, and F_GETLK tells which process holds one.
 
-In the file ``lock``, byte 0 is held by the instance whose turn it is to take over, each later byte
-by one that stands by: it is ready to take the name back, for a rollback. An instance that stands by
-since a later time has a later byte.
+In the file ``lock``, byte 0 is held by the instance whose turn it is to take over. Byte 1 is held
+for a moment by an instance that looks who has the parent socket's name, and claims it or takes it
+back. Each later byte is held by one that stands by: it is ready to take the name back, for a
+rollback. An instance that stands by since a later time has a later byte.
 
 In the file ``tickets``, an instance holds the byte whose number is its ticket from its start to its
 end, so the newest living instance has the highest ticket. Byte 0 is held while a ticket is taken.
@@ -20,7 +21,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,10 @@ from hotrestart_plugins.errors import Busy
 
 _FLOCK = struct.Struct("@hhqqi")  # struct flock, fcntl(2): type, whence, start, len, pid
 _TURN = 0  # the byte of the turn
+_CLAIM = 1  # the byte of a claim
+_FIRST_STANDBY = 2  # those who stand by have this byte and the later ones
+_CLAIM_TIME = 0.5  # seconds that a claim is good for: it takes a millisecond
+_NEXT_TRY = 0.001  # seconds between two looks whether somebody's claim has ended
 _MAX_DIGITS = 18  # of a ticket: the number of a byte has 63 bits
 POLL_INTERVAL = 0.02  # seconds between two tries: POSIX locks have no wait with a deadline
 
@@ -112,6 +117,23 @@ class _LockFile:
 _lock_files: dict[tuple[int, int], _LockFile] = {}
 
 
+class ClaimExpired(Exception):
+    """This process was too slow: others no longer reckon with its claim. Look again."""
+
+
+class Claim:
+    """The right to decide by the parent socket's name, and to change it, until `expires`."""
+
+    def __init__(self) -> None:
+        self.expires = time.monotonic() + _CLAIM_TIME
+        """Monotonic seconds, which pass for a stopped process too."""
+
+    def check(self) -> None:
+        """Raise ClaimExpired if the claim is too old to act on."""
+        if time.monotonic() >= self.expires:
+            raise ClaimExpired
+
+
 class Ticket:
     """This instance's place in the order of starts. Owns a share in the file's one descriptor."""
 
@@ -184,6 +206,7 @@ class DirectoryLocks:
         self._file = _LockFile.of(path)
         self._closed = False
         self._has_turn = False
+        self._has_claim = False
         self._standby_byte = 0  # 0: this instance does not stand by
 
     def take_turn(
@@ -231,14 +254,47 @@ class DirectoryLocks:
             self._file.held.discard(_TURN)
             self._file.unlock(_TURN)
 
+    @contextlib.contextmanager
+    def claim(self, seconds: float | None = None) -> Iterator[Claim]:
+        """Let no other instance look at the parent socket's name and change it meanwhile.
+
+        Waits `seconds` for another's claim to end; None: until that is too old to be acted on.
+        Raises Busy. Do nothing in this context that takes long.
+        """
+        self._take_claim(2 * _CLAIM_TIME if seconds is None else seconds)
+        try:
+            yield Claim()
+        finally:
+            self._end_claim()
+
+    def _take_claim(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while _CLAIM in self._file.held or not self._file.lock(_CLAIM):
+            if time.monotonic() >= deadline:
+                found = self._file.holder(_CLAIM, 1)
+                pid = found.pid if found is not None else os.getpid()
+                raise Busy(
+                    f"pid {pid} is about to claim a name in {self._directory} and was not done "
+                    f"within {seconds:g} s: it is stopped or hangs; look at it, then start again"
+                )
+            time.sleep(_NEXT_TRY)
+        self._file.held.add(_CLAIM)
+        self._has_claim = True
+
+    def _end_claim(self) -> None:
+        if self._has_claim:
+            self._has_claim = False
+            self._file.held.discard(_CLAIM)
+            self._file.unlock(_CLAIM)
+
     def stand_by(self) -> None:
         """Tell who finds the parent socket dead that this process will take it back."""
         if self._standby_byte:
             return
         byte = 0
         while not byte or not self._file.lock(byte):  # another may have taken the byte meanwhile
-            last = self._file.last(1)
-            byte = last.end if last is not None else 1
+            last = self._file.last(_FIRST_STANDBY)
+            byte = last.end if last is not None else _FIRST_STANDBY
         self._standby_byte = byte
 
     def stand_down(self) -> None:
@@ -252,12 +308,12 @@ class DirectoryLocks:
 
         0 for one of another pid namespace.
         """
-        found = self._file.holder(1)
+        found = self._file.holder(_FIRST_STANDBY)
         return found.pid if found is not None else None
 
     def newer_stands_by(self) -> bool:
         """Whether one stands by who was replaced after this instance."""
-        return self._file.holder(self._standby_byte + 1) is not None
+        return self._file.holder(max(self._standby_byte + 1, _FIRST_STANDBY)) is not None
 
     def close(self) -> None:
         """Free this instance's locks, and close the lock file if no other here uses it.
@@ -267,5 +323,6 @@ class DirectoryLocks:
         if not self._closed:
             self._closed = True
             self.end_turn()
+            self._end_claim()
             self.stand_down()
             self._file.close()

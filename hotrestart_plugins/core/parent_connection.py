@@ -178,12 +178,13 @@ class ParentConnection:
             raise
         return sock
 
-    def tell_to_go(self) -> bool:
-        """Send TerminateParentRequest; False if the parent has ended. Raises NoAnswer, OSError."""
+    def tell_to_go(self, deadline: float) -> bool:
+        """Send TerminateParentRequest; False if the parent has ended. Raises NoAnswer, OSError.
+
+        `deadline`: until when to wait for room in its queue; monotonic seconds.
+        """
         try:
-            self._endpoint.send_before(
-                TerminateParentRequest().serialize(), time.monotonic() + self._timeout
-            )
+            self._endpoint.send_before(TerminateParentRequest().serialize(), deadline)
         except TimeoutError:
             raise self._no_answer("the request to go") from None
         except GONE:

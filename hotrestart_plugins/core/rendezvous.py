@@ -4,7 +4,8 @@
 
     volo_hot_restart_parent.sock   whoever serves answers here; claimed by rename, never unbound
     volo_hot_restart_child.sock    whoever takes over asks from here, one at a time
-    lock                           byte 0: who takes over; each later byte: one who stands by
+    lock                           byte 0: who takes over; 1: who claims the parent's name;
+                                   each later byte: one who stands by
     tickets                        each byte: a living instance; later starts have later bytes
     record.lock                    held while the record of a takeover is written
     new.PID                        a parent socket on its way to its name
@@ -167,11 +168,14 @@ class RendezvousDirectory:
         finally:
             probe.close()
 
-    def claim_parent(self, then: Callable[[], None]) -> tuple[Endpoint, OwnedPath]:
+    def claim_parent(
+        self, then: Callable[[], None], check: Callable[[], None] = lambda: None
+    ) -> tuple[Endpoint, OwnedPath]:
         """Become who answers: bind aside, rename over, call `then`; the caller owns the endpoint.
 
-        At each instant the name leads to the old socket or to the new one. If `then` raises, the
-        old one gets its name back.
+        At each instant the name leads to the old socket or to the new one. `check` is called just
+        before the name changes, and just after. If it or `then` raises, the old socket has its
+        name, unless yet another one has it by then.
         """
         aside = str(self.directory / f"{_ASIDE}{os.getpid()}")
         kept = aside + _KEPT
@@ -180,17 +184,19 @@ class RendezvousDirectory:
             for left in (aside, kept):
                 Path(left).unlink(missing_ok=True)
             endpoint.bind(aside)
+            owned = OwnedPath(aside, self.parent_path)
+            check()
             with contextlib.suppress(FileNotFoundError):
                 os.link(self.parent_path, kept)
-            owned = OwnedPath(aside, self.parent_path)
             os.rename(aside, self.parent_path)
             try:
+                check()
                 then()
             except BaseException:
-                if os.path.lexists(kept):
-                    os.rename(kept, self.parent_path)
-                else:
+                if not os.path.lexists(kept):
                     owned.release()
+                elif owned.holds():
+                    os.rename(kept, self.parent_path)
                 raise
             Path(kept).unlink(missing_ok=True)
         except BaseException:

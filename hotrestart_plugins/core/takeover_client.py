@@ -9,14 +9,15 @@ from pathlib import Path
 
 from hotrestart_plugins.core import events
 from hotrestart_plugins.core.address import Address
-from hotrestart_plugins.core.datagram import SLICE
+from hotrestart_plugins.core.datagram import SLICE, Endpoint
 from hotrestart_plugins.core.journal import Journal
-from hotrestart_plugins.core.listeners import ListenerRegistry
+from hotrestart_plugins.core.listeners import ListenerRegistry, OwnedPath
+from hotrestart_plugins.core.locks import POLL_INTERVAL, ClaimExpired
 from hotrestart_plugins.core.parent_connection import ParentConnection
 from hotrestart_plugins.core.rendezvous import RendezvousDirectory
 from hotrestart_plugins.core.roles import InstanceState, Role
 from hotrestart_plugins.core.takeover_server import TakeoverServer
-from hotrestart_plugins.errors import NoAnswer, Overtaken, ParentGone
+from hotrestart_plugins.errors import Busy, NoAnswer, Overtaken, ParentGone
 
 
 class TakeoverClient:
@@ -165,31 +166,24 @@ class TakeoverClient:
 
         The rendezvous and the ticket pass into the ownership of what is returned, unless an error
         is raised: Overtaken if a newer instance was started; NoAnswer if the parent cannot be told,
-        and then it has its name back; TakeoverError if an earlier question failed; OSError if the
-        name cannot be claimed.
+        and then it has its name back; Busy if another instance is about to claim the name, and does
+        not; TakeoverError if an earlier question failed; OSError if the name cannot be claimed.
         """
-        while self._connection is not None:
-            self._connection.check()
-            if self._connection.parent_serves():
-                break
-            self._parent_gone(self._connection)
-        connection = self._connection
-        if connection is not None:
-            # Else nobody serves: this instance is ready, and the newer one takes over from it.
-            self._give_way()
-
-        def tell() -> None:
-            if connection is None:
-                return
-            if connection.tell_to_go():
+        deadline = time.monotonic() + self._timeout
+        while (claimed := self._claim(deadline)) is None:
+            if self._connection is None or self._connection.parent_serves():
+                time.sleep(POLL_INTERVAL)  # the claim has expired: let others have their look
+            else:
+                self._parent_gone(self._connection)
+                deadline = time.monotonic() + self._timeout
+        endpoint, owned_path, told = claimed
+        self._state.become(Role.PARENT)
+        if self._connection is not None:
+            if told:
                 self._journal.emit(events.TOOK_OVER, pid=self._state.parent_pid)
             else:
                 self._journal.emit(events.OLD_INSTANCE_UNTOLD, pid=self._state.parent_pid)
-
-        endpoint, owned_path = self._rendezvous.claim_parent(tell)
-        self._state.become(Role.PARENT)
-        if connection is not None:
-            connection.close()
+            self._connection.close()
         self._rendezvous.locks.end_turn()
         return TakeoverServer(
             self._rendezvous,
@@ -200,6 +194,44 @@ class TakeoverClient:
             registry=self._registry,
             journal=self._journal,
         )
+
+    def _claim(self, deadline: float) -> tuple[Endpoint, OwnedPath, bool] | None:
+        """Claim the name, and tell the parent; None: it is gone, or the claim took too long.
+
+        Nobody else looks at the name meanwhile. An instance that stands by, and sees that the
+        parent has crashed, would take the name back and never hear of this one.
+        """
+        connection = self._connection
+        told = False
+        if connection is not None:
+            connection.check()
+        with self._rendezvous.locks.claim(max(0.0, deadline - time.monotonic())) as claim:
+            if connection is not None:
+                # Else nobody serves: this instance is ready, and a newer one takes over from it.
+                if not connection.parent_serves():
+                    return None
+                self._give_way()
+
+            def tell() -> None:
+                nonlocal told
+                if connection is None:
+                    return
+                try:
+                    told = connection.tell_to_go(min(deadline, claim.expires))
+                except NoAnswer:
+                    if time.monotonic() >= deadline:
+                        raise
+                    raise ClaimExpired from None
+
+            try:
+                return (*self._rendezvous.claim_parent(tell, claim.check), told)
+            except ClaimExpired:
+                if time.monotonic() < deadline:
+                    return None
+                raise Busy(
+                    f"{self._rendezvous.parent_path} could not be claimed within "
+                    f"{self._timeout:g} s: this machine is too busy; start again when it is less so"
+                ) from None
 
     def shares(self, name: str) -> bool:
         """Whether the parent has this listener, too."""

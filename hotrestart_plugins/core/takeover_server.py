@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hotrestart_plugins.core import credentials, events
@@ -21,9 +21,11 @@ from hotrestart_plugins.core.messages import (
 from hotrestart_plugins.core.platform import ProcessWatch
 from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, RendezvousDirectory
 from hotrestart_plugins.core.roles import ChildExitAction, InstanceState, Role
-from hotrestart_plugins.errors import HotRestartError, MessageError, WrongPeer
+from hotrestart_plugins.errors import Busy, HotRestartError, MessageError, WrongPeer
 
 _BATCH = 64  # datagrams that one handle() reads, so that a flood cannot starve the host's loop
+_QUEUE = 4096  # datagrams after which a child's last word was read: a queue is shorter (512 at most
+# by default), so that those who flood it meanwhile cannot keep this instance here
 _LOUD_DROPS = 5  # datagrams in a row that are complained of aloud; the rest at debug level
 
 
@@ -107,22 +109,25 @@ class TakeoverServer:
 
     def handle(self) -> bool:
         """Answer what has come, without waiting; whether there may be more."""
-        for _ in range(_BATCH):
-            try:
-                packet = self._endpoint.receive()
-            except OSError as error:
-                self._journal.emit(events.SOCKET_UNREADABLE, error=error)
-                return False
-            if packet is None:
-                return False
-            try:
-                self._handle(packet)
-            except HotRestartError as error:
-                self._drop(packet.sender, str(error))
-            except Exception as error:  # noqa: BLE001 -- whatever it is, this instance serves on
-                self._drop(packet.sender, repr(error), fault=error)
-            finally:
-                packet.close()
+        return all(self._handle_next() for _ in range(_BATCH))
+
+    def _handle_next(self) -> bool:
+        """Answer the next datagram; False if there is none."""
+        try:
+            packet = self._endpoint.receive()
+        except OSError as error:
+            self._journal.emit(events.SOCKET_UNREADABLE, error=error)
+            return False
+        if packet is None:
+            return False
+        try:
+            self._handle(packet)
+        except HotRestartError as error:
+            self._drop(packet.sender, str(error))
+        except Exception as error:  # noqa: BLE001 -- whatever it is, this instance serves on
+            self._drop(packet.sender, repr(error), fault=error)
+        finally:
+            packet.close()
         return True
 
     def _handle(self, packet: Packet) -> None:
@@ -216,26 +221,24 @@ class TakeoverServer:
         """Say what the end of the child means; take the name back on `ChildExitAction.RESUME`.
 
         A dead parent socket at the name says that the new instance crashed; no socket, that it was
-        stopped on purpose; a live one, that somebody serves. Raises OSError or RendezvousError, and
-        changes nothing, while there is no telling: call it again.
+        stopped on purpose; a live one, that somebody serves. What the child said before its end is
+        handled first: if it had told this instance to go, `role` is REPLACED from here on, and the
+        next call says what its end means. Raises OSError or RendezvousError, and changes nothing,
+        while there is no telling: call it again.
         """
         if self.child is not None and self.child.alive:
             return ChildExitAction.NOTHING  # another one asks by now: an earlier child has ended
-        pid = self.child.pid if self.child is not None else 0
-        rendezvous = self._rendezvous
         if self._state.role is Role.PARENT:
-            if not self._owned_path.holds():
-                self._take_back()  # it died between claiming the name and saying so
-            self.forget_child()
-            rendezvous.locks.stand_down()
-            self._journal.emit(events.NEW_INSTANCE_FAILED, pid=pid)
-            return ChildExitAction.NOTHING
+            return self._child_ended_early()
+        pid = self.child.pid if self.child is not None else 0
         if self._stood_down:
             self.forget_child()
             self._journal.emit(events.NEW_INSTANCE_ENDED_LATE, pid=pid)
             return ChildExitAction.LEAVE
-        # While that cannot be known (no descriptor is left to look with), the host calls again.
-        left = not os.path.lexists(rendezvous.parent_path) or rendezvous.parent_answers()
+        with self._claim():
+            # While that cannot be known (no descriptor is left to look with), the host calls again.
+            left = self._is_served()
+            error = None if left else self._take_back()
         self.forget_child()
         if left:
             self.stand_down()
@@ -245,19 +248,61 @@ class TakeoverServer:
         # or not, and the next instance says what is wrong with the directory.
         self._state.become(Role.PARENT)
         self._passed_on = frozenset()
-        self._take_back()
-        rendezvous.locks.stand_down()
+        self._rendezvous.locks.stand_down()
+        self._complain(error)
         self._journal.emit(events.NEW_INSTANCE_CRASHED, pid=pid)
         return ChildExitAction.RESUME
 
-    def _take_back(self) -> None:
+    def _child_ended_early(self) -> ChildExitAction:
+        """The child has ended, and this instance was not replaced, as far as it has heard."""
+        for _ in range(_QUEUE):
+            if not self._handle_next():
+                break
+        if self._state.role is not Role.PARENT or (self.child is not None and self.child.alive):
+            return ChildExitAction.NOTHING
+        if not self._owned_path.holds():
+            with self._claim():
+                # It died between claiming the name and saying so, and nobody took over from it.
+                error = None if self._rendezvous.parent_answers() else self._take_back()
+            self._complain(error)
+        pid = self.child.pid if self.child is not None else 0
+        self.forget_child()
+        self._rendezvous.locks.stand_down()
+        self._journal.emit(events.NEW_INSTANCE_FAILED, pid=pid)
+        return ChildExitAction.NOTHING
+
+    @contextlib.contextmanager
+    def _claim(self) -> Iterator[None]:
+        """Let no new instance claim the name between a look at it and what is done about it.
+
+        A process that was stopped in the middle of its own claim is not waited for: by then its
+        claim has expired, and it looks again when it goes on.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._rendezvous.locks.claim())
+            except (Busy, OSError) as error:
+                self._journal.emit(events.CLAIM_NOT_EXCLUSIVE, error=error)
+            yield
+
+    def _is_served(self) -> bool:
+        """Whether somebody serves, or the new instance was stopped on purpose."""
+        path = self._rendezvous.parent_path
+        return not os.path.lexists(path) or self._rendezvous.parent_answers()
+
+    def _take_back(self) -> OSError | None:
+        """Claim the name again; why that failed, or None."""
         try:
             endpoint, owned_path = self._rendezvous.claim_parent(lambda: None)
         except OSError as error:
-            self._journal.emit(events.NAME_NOT_TAKEN_BACK, error=error)
-            return
+            return error
         self._endpoint.close()
         self._endpoint, self._owned_path = endpoint, owned_path
+        return None
+
+    def _complain(self, error: OSError | None) -> None:
+        if error is not None:
+            self._journal.emit(events.NAME_NOT_TAKEN_BACK, error=error)
 
     def stand_down(self) -> None:
         """Never serve again, whatever becomes of the new instance.

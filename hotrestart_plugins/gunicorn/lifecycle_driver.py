@@ -250,9 +250,12 @@ class LifecycleDriver:
                 break
         else:
             self._deadlines.now()
-        told_to_go = self._hot.role is Role.REPLACED and self._hot.child is not None
-        if told_to_go and self.lifecycle.serves:
+        if self._told_to_go():
             self._make_way()
+
+    def _told_to_go(self) -> bool:
+        replaced = self._hot.role is Role.REPLACED and self._hot.child is not None
+        return replaced and self.lifecycle.serves
 
     def _make_way(self) -> None:
         if not self._happened(Event.REPLACED):
@@ -272,8 +275,11 @@ class LifecycleDriver:
         self._deadlines.set_deadline(_POLL_INTERVAL, "child")
         if child.alive:
             return
-        self._deadlines.clear_deadline("child")
         means = self._hot.child_ended()
+        if self._told_to_go():  # before its end, of which the next look decides
+            self._make_way()
+            return
+        self._deadlines.clear_deadline("child")
         if means is ChildExitAction.NOTHING:
             self._journal.record = self._record_with(child)
             why = "the new instance exited before it had taken over"

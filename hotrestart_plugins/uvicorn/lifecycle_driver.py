@@ -237,8 +237,14 @@ class LifecycleDriver:
         try:
             hot.handle()
         finally:  # it may have been told to go before it failed
-            if hot.role is Role.REPLACED and not self.lifecycle.replaced:
-                self.report(Event.REPLACED)
+            self._look_at_role(hot)
+
+    def _look_at_role(self, hot: HotRestart) -> bool:
+        """Whether this instance has just been told to go; that is reported then."""
+        told = hot.role is Role.REPLACED and not self.lifecycle.replaced
+        if told:
+            self.report(Event.REPLACED)
+        return told
 
     def _on_look(self) -> None:
         self._guarded(self._look)
@@ -257,6 +263,8 @@ class LifecycleDriver:
             return
         child = hot.child
         action = hot.child_ended()
+        if self._look_at_role(hot):
+            return  # it had told this instance to go before its end: the next look decides
         if action is ChildExitAction.RESUME:
             self.report(Event.NEW_INSTANCE_CRASHED)
         elif action is ChildExitAction.LEAVE:

@@ -659,6 +659,38 @@ def test_a_third_while_one_stands_by(processes: Processes, meet: Path) -> None:
     serves(third, addresses)
 
 
+@pytest.mark.parametrize("crashes", [False, True])
+def test_the_end_is_heard_before_the_request_to_go(
+    processes: Processes, meet: Path, *, crashes: bool
+) -> None:
+    """A slow instance reads first what the new one had said: it was replaced, and knows it.
+
+    Then it leaves the name to a third one that has taken over from the new one, and takes it back
+    from one that has crashed.
+    """
+    addresses = free_addresses(1)
+    old = processes.instance().serve(meet, addresses, stand_by=True)
+    new = processes.instance()
+    new.call("initialize", str(meet), 1, {})
+    new.call("listen", addresses)
+    with stopped(old):
+        new.call("ready")
+        if crashes:
+            new.kill()
+        else:
+            third = processes.instance().serve(meet, addresses)
+            new.expect("replaced")
+            assert new.wait() == 0
+    old.expect("replaced")
+    if crashes:
+        assert old.expect("child ended") == ["resume", "parent"]
+        serves(old, addresses)
+    else:
+        assert old.expect("child ended") == ["leave", "replaced"]
+        assert old.wait() == 0
+        serves(third, addresses)
+
+
 def test_one_that_stands_by_and_hangs(processes: Processes, meet: Path) -> None:
     """If it does not take back within the deadline, the next instance names it and gives up."""
     addresses = free_addresses(3)

@@ -624,8 +624,8 @@ class Model:
         at = self._starts[me]
         self._reports(world, me, out)
         child = world[at + CHILD]
-        # What it said before its end is heard first.
-        heard = not world[at + QUEUE] & 8 << child or "end before messages" in self.broken
+        # What has come is heard first: it may be of the child, from before its end.
+        heard = not world[at + QUEUE] or "end before messages" in self.broken
         if (
             child
             and heard

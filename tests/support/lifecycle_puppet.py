@@ -19,7 +19,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from hotrestart_plugins import ChildExitAction, HotRestart, Role
-from hotrestart_plugins.core import hot_restart, rendezvous, takeover_client, takeover_server
+from hotrestart_plugins.core import hot_restart, locks, rendezvous, takeover_client, takeover_server
 from hotrestart_plugins.core.address import Address
 from hotrestart_plugins.core.datagram import Endpoint, Packet, Sender
 from hotrestart_plugins.core.listeners import OwnedPath
@@ -69,6 +69,7 @@ class LifecyclePuppet(Puppet):
     def new_instance_ended(self) -> str:
         """The pidfd of the new instance is readable."""
         action = self.hot.child_ended()
+        assert self.hot.child is None, "what it had said was still to be read"
         left = action is ChildExitAction.LEAVE
         return self.event((Event.NEW_INSTANCE_LEFT if left else Event.NEW_INSTANCE_CRASHED).name)
 
@@ -79,6 +80,10 @@ class LifecyclePuppet(Puppet):
         if Event[name] is Event.EXITED:
             self.ended = True
         return "done"
+
+    def claim_within(self, seconds: float) -> None:
+        """From now on a claim is good for so long."""
+        locks._CLAIM_TIME = seconds
 
     def status(self) -> dict[str, Any]:
         """How this instance stands."""
@@ -117,13 +122,13 @@ class LifecyclePuppet(Puppet):
         """Say which gate this is, and wait; raises NoAnswer if told to give up."""
         self._say("result", gate)
         while True:
-            verb = json.loads(self._line())[0]
+            verb, *args = json.loads(self._line())
             if verb == "go":
                 return
             if verb == "give_up":
                 raise NoAnswer("a timeout has ended")
-            assert verb == "status", verb
-            self._say("result", self.status())
+            assert verb in ("status", "claim_within"), verb
+            self._say("result", getattr(self, verb)(*args))
 
     def _give_up(self, _number: int, _frame: FrameType | None) -> None:
         if self.waits_for_answer:
@@ -186,6 +191,7 @@ def _put_in_gates(puppet: LifecyclePuppet) -> None:
         assert issubclass(kind, getattr(module, name))
         setattr(module, name, kind)
     takeover_server._BATCH = 1
+    locks._CLAIM_TIME = _TIMEOUT
 
 
 class _GatedLocks(DirectoryLocks):
@@ -207,7 +213,9 @@ class _GatedDirectory(RendezvousDirectory):
         _puppet.pause("connect")
         return super().bind_child(seconds, check)
 
-    def claim_parent(self, then: Callable[[], None]) -> tuple[Endpoint, OwnedPath]:
+    def claim_parent(
+        self, then: Callable[[], None], check: Callable[[], None] = lambda: None
+    ) -> tuple[Endpoint, OwnedPath]:
         _puppet.pause("claim")
 
         def tell() -> None:
@@ -215,7 +223,7 @@ class _GatedDirectory(RendezvousDirectory):
                 _puppet.pause("tell")
             then()
 
-        return super().claim_parent(tell)
+        return super().claim_parent(tell, check)
 
 
 class _GatedConnection(ParentConnection):

@@ -10,7 +10,8 @@ import signal
 import socket
 from pathlib import Path
 
-from hotrestart_plugins.core.rendezvous import PARENT_SOCKET
+from hotrestart_plugins.core.locks import _CLAIM, _LockFile
+from hotrestart_plugins.core.rendezvous import LOCK, PARENT_SOCKET
 from hotrestart_plugins.lifecycle.table import Event, State
 from tests.support import lifecycle_model as model
 from tests.support.lifecycle_model import HEAD, SIZE, STATES, Model, Options, Step, Violation
@@ -19,11 +20,8 @@ from tests.support.processes import Instance, Processes, Told, answer, connect
 NOT_BUILT = frozenset(
     {
         "ticket lasts to the end",
-        "no lock for claims",
         "no look at the lock file",
         "no lock for serving",
-        "take back from anybody",
-        "end before messages",
     }
 )
 """Rules of the model that the product does not follow yet: a replay does without them."""
@@ -228,6 +226,7 @@ class Replay:
         for me in range(len(self._instances)):
             self._compare_instance(world, me)
         self._compare_name(world[model.NAME])
+        self._compare_claim(world)
 
     def compare_service(self, world: bytes) -> None:
         """Raise AssertionError if another instance answers than in the model, or none."""
@@ -274,3 +273,20 @@ class Replay:
             except ConnectionRefusedError:
                 answers = False
         assert answers == (name != model.DEAD)
+
+    def _compare_claim(self, world: bytes) -> None:
+        """Who is between a look at the name and its claim has the lock for that."""
+        if not world[model.DIRECTORY]:
+            return
+        claiming = {
+            self._instances[me].pid
+            for me in range(len(self._instances))
+            if world[HEAD + SIZE * me + model.HOME] == world[model.DIRECTORY]
+            and world[HEAD + SIZE * me + model.OWNS] & model.CLAIMING
+        }
+        file = _LockFile.of(self._directory / LOCK)
+        try:
+            holder = file.holder(_CLAIM, 1)
+        finally:
+            file.close()
+        assert claiming == ({holder.pid} if holder is not None else set())

@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hotrestart_plugins import ChildExitAction, HotRestart, TerminatePolicy
+from hotrestart_plugins import ChildExitAction, HotRestart, Role, TerminatePolicy
 from hotrestart_plugins.errors import HotRestartError
 
 
@@ -136,10 +136,11 @@ class Puppet:
     def run(self) -> None:
         while not self.ended:
             wanted = {self.line.fileno(): self._command}
-            if self.hot.fileno() >= 0:
-                wanted[self.hot.fileno()] = self._handle
+            # A host may hear of the child's end before it reads the child's last word.
             if self.hot.child is not None and self.hot.child.fileno() >= 0:
                 wanted[self.hot.child.fileno()] = self._child_ended
+            if self.hot.fileno() >= 0:
+                wanted[self.hot.fileno()] = self._handle
             if self.accepting:
                 wanted |= {sock.fileno(): self._accept for sock in self.socks.values()}
             poll = select.poll()
@@ -171,14 +172,21 @@ class Puppet:
     def _handle(self) -> None:
         was = self.hot.role
         self.hot.handle()
-        if was is not self.hot.role:
+        self._look_at_role(was)
+
+    def _look_at_role(self, was: Role) -> None:
+        if self.hot.role is Role.REPLACED and was is not Role.REPLACED:
             self.accepting = False
             self._say("event", "replaced")
             if not self.stands_by:
                 self.exit()
 
     def _child_ended(self) -> None:
+        child, was = self.hot.child, self.hot.role
         after = self.hot.child_ended()
+        if self.hot.child is child:  # what it had said came first
+            self._look_at_role(was)
+            return
         if after is ChildExitAction.RESUME:
             self.accepting = True
         self._say("event", "child ended", after.value, self.role())

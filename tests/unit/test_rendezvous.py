@@ -17,6 +17,7 @@ from hotrestart_plugins import HotRestart, Role
 from hotrestart_plugins.core.address import MAX_UNIX_PATH, parse
 from hotrestart_plugins.core.datagram import Endpoint
 from hotrestart_plugins.core.listeners import OwnedPath
+from hotrestart_plugins.core.locks import ClaimExpired
 from hotrestart_plugins.core.rendezvous import (
     CHILD_SOCKET,
     PARENT_SOCKET,
@@ -254,6 +255,56 @@ def test_a_first_claim_that_fails_leaves_no_name(place: RendezvousDirectory) -> 
     with pytest.raises(TimeoutError):
         place.claim_parent(fail)
     assert os.listdir(place.directory) == ["lock"]
+
+
+def test_a_claim_that_has_expired(place: RendezvousDirectory) -> None:
+    """It changes no name; and of a name that another one has taken since, nothing is undone."""
+    old, _ = place.claim_parent(lambda: None)
+
+    def expired() -> None:
+        raise ClaimExpired
+
+    with pytest.raises(ClaimExpired):
+        place.claim_parent(lambda: None, expired)
+    others: list[tuple[Endpoint, OwnedPath]] = []
+
+    def taken() -> None:
+        aside = Endpoint()
+        aside.bind(str(place.directory / "new.1"))
+        os.rename(place.directory / "new.1", place.parent_path)
+        others.append((aside, OwnedPath(place.parent_path)))
+        raise ClaimExpired
+
+    with pytest.raises(ClaimExpired):
+        place.claim_parent(taken)
+    assert others[0][1].holds()
+    assert sorted(os.listdir(place.directory)) == ["lock", PARENT_SOCKET]
+    others[0][0].close()
+    old.close()
+
+
+def test_one_claim_at_a_time(place: RendezvousDirectory, processes: Processes) -> None:
+    """A claim of another process, or of another instance in this one, is waited for, and named."""
+    code = HOLD.replace(
+        "getattr(place.locks, sys.argv[2])(*map(float, sys.argv[3:]))",
+        "held = place.locks.claim(0); held.__enter__()",
+    )
+    other = processes.python(code, str(place.directory))
+    other.line()
+    with pytest.raises(Busy, match=f"pid {other.pid} is about to claim"), place.locks.claim(0.05):
+        raise AssertionError("two at once")
+    other.kill()
+    second = RendezvousDirectory(place.directory)
+    with place.locks.claim(0):
+        with pytest.raises(Busy, match=f"pid {os.getpid()} is about"), second.locks.claim(0.05):
+            raise AssertionError("two at once")
+        second.close()  # which frees nothing of the other one's
+        third = RendezvousDirectory(place.directory)
+        with pytest.raises(Busy), third.locks.claim(0.05):
+            raise AssertionError("two at once")
+    with third.locks.claim(0):
+        assert place.locks.standing_by() is None
+    third.close()
 
 
 def test_what_a_killed_process_left_is_cleared(place: RendezvousDirectory) -> None:

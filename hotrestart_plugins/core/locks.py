@@ -8,8 +8,9 @@ for a moment by an instance that looks who has the parent socket's name, and cla
 back. Each later byte is held by one that stands by: it is ready to take the name back, for a
 rollback. An instance that stands by since a later time has a later byte.
 
-In the file ``tickets``, an instance holds the byte whose number is its ticket from its start to its
-end, so the newest living instance has the highest ticket. Byte 0 is held while a ticket is taken.
+In the file ``tickets``, an instance holds the byte whose number is its ticket from its start until
+it can no longer serve, so the newest instance has the highest ticket. Byte 0 is held while a ticket
+is taken.
 The content is the ticket that was taken last.
 """
 

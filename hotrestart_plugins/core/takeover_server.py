@@ -69,7 +69,7 @@ class Child:
 class TakeoverServer:
     """An instance that serves, or has been replaced.
 
-    Owns the parent socket and its name, and keeps its ticket to its end.
+    Owns the parent socket and its name, and keeps its ticket as long as it can serve.
     """
 
     def __init__(
@@ -307,10 +307,13 @@ class TakeoverServer:
     def stand_down(self) -> None:
         """Never serve again, whatever becomes of the new instance.
 
-        An instance that has not been replaced serves on; it only gives up its place in the line
-        of those that stand by.
+        Its ticket goes too, so that it overtakes no older instance that can serve. An instance that
+        has not been replaced serves on, and keeps its ticket; it only gives up its place in the
+        line of those that stand by.
         """
         self._stood_down = self._state.role is Role.REPLACED
+        if self._stood_down:
+            self._ticket.close()
         with contextlib.suppress(OSError):
             self._rendezvous.locks.stand_down()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hotrestart_plugins.core.locks import Ticket
 from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, PARENT_SOCKET
 from tests.support.processes import (
     TIMEOUT,
@@ -605,6 +606,23 @@ def test_a_crash_after_the_window(processes: Processes, meet: Path) -> None:
     assert not can_connect(addresses[0])
     last = processes.instance()
     assert last.call("initialize", str(meet), 1, {}) == "first parent"
+
+
+def test_an_instance_that_has_stood_down_overtakes_nobody(processes: Processes, meet: Path) -> None:
+    """It gives its ticket back: an instance that was started before it can serve, and it cannot."""
+    addresses = free_addresses(1)
+    ticket = Ticket(meet / "tickets", 0)
+    old, new = stand_by(processes, meet, addresses)
+    assert ticket.newest() == new.pid
+    new.kill()
+    assert old.expect("child ended") == ["resume", "parent"]
+    assert ticket.newest() == old.pid
+    new = processes.instance().serve(meet, addresses)
+    old.expect("replaced")
+    old.call("stand_down")
+    new.kill()
+    assert ticket.newest() is None
+    ticket.close()
 
 
 def test_the_successor_fails(processes: Processes, meet: Path) -> None:

@@ -19,7 +19,6 @@ from tests.support.processes import Instance, Processes, Told, answer, connect
 
 NOT_BUILT = frozenset(
     {
-        "ticket lasts to the end",
         "no look at the lock file",
         "no lock for serving",
     }

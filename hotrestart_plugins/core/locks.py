@@ -204,11 +204,20 @@ class DirectoryLocks:
     def __init__(self, path: Path) -> None:
         """`path`: the lock file. Raises OSError if it cannot be opened."""
         self._directory = path.parent
+        self._path = path
         self._file = _LockFile.of(path)
         self._closed = False
         self._has_turn = False
         self._has_claim = False
         self._standby_byte = 0  # 0: this instance does not stand by
+
+    def are_current(self) -> bool:
+        """Whether others still look for the locks in this file; else the directory was removed."""
+        try:
+            found = os.lstat(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (found.st_dev, found.st_ino) == self._file.key
 
     def take_turn(
         self,

@@ -26,7 +26,7 @@ from hotrestart_plugins.core.address import MAX_UNIX_PATH, Address
 from hotrestart_plugins.core.datagram import Endpoint
 from hotrestart_plugins.core.listeners import OwnedPath
 from hotrestart_plugins.core.locks import POLL_INTERVAL, DirectoryLocks, Ticket
-from hotrestart_plugins.errors import Busy, RendezvousError
+from hotrestart_plugins.errors import Busy, RendezvousError, TakeoverError
 
 PARENT_SOCKET = "volo_hot_restart_parent.sock"  # Volo 0.12.3, HOT_RESTART_PARENT_ADDR
 CHILD_SOCKET = "volo_hot_restart_child.sock"  # Volo 0.12.3, HOT_RESTART_CHILD_ADDR
@@ -123,6 +123,7 @@ class RendezvousDirectory:
         child that knows no lock (Volo): it may finish within `seconds`, else Busy. `check` is
         called at each look: what it raises ends the wait.
         """
+        self.check_locks()
         deadline = time.monotonic() + seconds
         for left in self.directory.glob(_ASIDE + "*"):
             # One that is held may be on its way: an instance that takes its name back has no lock.
@@ -144,6 +145,13 @@ class RendezvousDirectory:
         except BaseException:
             endpoint.close()
             raise
+
+    def check_locks(self) -> None:
+        """Raise TakeoverError if the locks of this instance keep nobody from these names."""
+        if not self.locks.are_current():
+            raise TakeoverError(
+                f"{self.directory} was removed after this instance had found it: start again"
+            )
 
     def child_takeover_id(self) -> int:
         """When the socket at the child's name was made, in microseconds since the epoch; 0: none.
@@ -175,10 +183,12 @@ class RendezvousDirectory:
 
         At each instant the name leads to the old socket or to the new one. `check` is called just
         before the name changes, and just after. If it or `then` raises, the old socket has its
-        name, unless yet another one has it by then.
+        name, unless yet another one has it by then. Raises TakeoverError if the directory is
+        another one than that of this instance's locks.
         """
         aside = str(self.directory / f"{_ASIDE}{os.getpid()}")
         kept = aside + _KEPT
+        self.check_locks()
         endpoint = Endpoint()
         try:
             for left in (aside, kept):

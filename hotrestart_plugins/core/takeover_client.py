@@ -97,7 +97,10 @@ class TakeoverClient:
 
     def _find_parent(self, connection: ParentConnection, deadline: float) -> bool:
         """Connect to the parent; wait for one that stands by to take its name back."""
-        while not connection.connect():
+        while True:
+            self._rendezvous.check_locks()
+            if connection.connect():
+                return True
             pid = self._rendezvous.locks.standing_by()
             if pid is None:
                 return False
@@ -105,7 +108,6 @@ class TakeoverClient:
                 raise NoAnswer(f"pid {pid} stands by to serve again, but has not in time")
             self._give_way()
             time.sleep(SLICE / 10)
-        return True
 
     def inherit(self, wanted: list[Address], found: list[socket.socket | None]) -> None:
         """Append the parent's listener for each of `wanted` to `found`, or None: bind it fresh.

@@ -21,7 +21,13 @@ from hotrestart_plugins.core.messages import (
 from hotrestart_plugins.core.platform import ProcessWatch
 from hotrestart_plugins.core.rendezvous import CHILD_SOCKET, RendezvousDirectory
 from hotrestart_plugins.core.roles import ChildExitAction, InstanceState, Role
-from hotrestart_plugins.errors import Busy, HotRestartError, MessageError, WrongPeer
+from hotrestart_plugins.errors import (
+    Busy,
+    HotRestartError,
+    MessageError,
+    TakeoverError,
+    WrongPeer,
+)
 
 _BATCH = 64  # datagrams that one handle() reads, so that a flood cannot starve the host's loop
 _QUEUE = 4096  # datagrams after which a child's last word was read: a queue is shorter (512 at most
@@ -221,10 +227,10 @@ class TakeoverServer:
         """Say what the end of the child means; take the name back on `ChildExitAction.RESUME`.
 
         A dead parent socket at the name says that the new instance crashed; no socket, that it was
-        stopped on purpose; a live one, that somebody serves. What the child said before its end is
-        handled first: if it had told this instance to go, `role` is REPLACED from here on, and the
-        next call says what its end means. Raises OSError or RendezvousError, and changes nothing,
-        while there is no telling: call it again.
+        stopped on purpose, if the directory was not removed; a live one, that somebody serves. What
+        the child said before its end is handled first: if it had told this instance to go, `role`
+        is REPLACED from here on, and the next call says what its end means. Raises OSError or
+        RendezvousError, and changes nothing, while there is no telling: call it again.
         """
         if self.child is not None and self.child.alive:
             return ChildExitAction.NOTHING  # another one asks by now: an earlier child has ended
@@ -238,7 +244,7 @@ class TakeoverServer:
         with self._claim():
             # While that cannot be known (no descriptor is left to look with), the host calls again.
             left = self._is_served()
-            error = None if left else self._take_back()
+            failure = "" if left else self._take_back()
         self.forget_child()
         if left:
             self.stand_down()
@@ -249,7 +255,7 @@ class TakeoverServer:
         self._state.become(Role.PARENT)
         self._passed_on = frozenset()
         self._rendezvous.locks.stand_down()
-        self._complain(error)
+        self._complain(failure)
         self._journal.emit(events.NEW_INSTANCE_CRASHED, pid=pid)
         return ChildExitAction.RESUME
 
@@ -263,8 +269,8 @@ class TakeoverServer:
         if not self._owned_path.holds():
             with self._claim():
                 # It died between claiming the name and saying so, and nobody took over from it.
-                error = None if self._rendezvous.parent_answers() else self._take_back()
-            self._complain(error)
+                failure = "" if self._rendezvous.parent_answers() else self._take_back()
+            self._complain(failure)
         pid = self.child.pid if self.child is not None else 0
         self.forget_child()
         self._rendezvous.locks.stand_down()
@@ -287,22 +293,24 @@ class TakeoverServer:
 
     def _is_served(self) -> bool:
         """Whether somebody serves, or the new instance was stopped on purpose."""
-        path = self._rendezvous.parent_path
-        return not os.path.lexists(path) or self._rendezvous.parent_answers()
+        if os.path.lexists(self._rendezvous.parent_path):
+            return self._rendezvous.parent_answers()
+        # A name that went with its directory says nothing of how the new instance has ended.
+        return self._rendezvous.locks.are_current()
 
-    def _take_back(self) -> OSError | None:
-        """Claim the name again; why that failed, or None."""
+    def _take_back(self) -> str:
+        """Claim the name again; why that failed, or empty."""
         try:
             endpoint, owned_path = self._rendezvous.claim_parent(lambda: None)
-        except OSError as error:
-            return error
+        except (OSError, TakeoverError) as error:
+            return str(error)
         self._endpoint.close()
         self._endpoint, self._owned_path = endpoint, owned_path
-        return None
+        return ""
 
-    def _complain(self, error: OSError | None) -> None:
-        if error is not None:
-            self._journal.emit(events.NAME_NOT_TAKEN_BACK, error=error)
+    def _complain(self, failure: str) -> None:
+        if failure:
+            self._journal.emit(events.NAME_NOT_TAKEN_BACK, error=failure)
 
     def stand_down(self) -> None:
         """Never serve again, whatever becomes of the new instance.

@@ -647,6 +647,49 @@ def test_the_successor_is_stopped_on_purpose(processes: Processes, meet: Path) -
     assert sorted(os.listdir(meet)) == ["lock", "tickets"]
 
 
+@pytest.mark.parametrize("made_again", [False, True])
+def test_the_directory_is_removed_before_the_successor_crashes(
+    processes: Processes, meet: Path, *, made_again: bool
+) -> None:
+    """A name that went with its directory is no sign of a stop: the old instance serves again."""
+    addresses = free_addresses(1)
+    place = meet / "d"
+    old, new = stand_by(processes, place, addresses)
+    shutil.rmtree(place)
+    if made_again:
+        another = processes.instance()
+        assert another.call("initialize", str(place), 1, {}) == "first parent"
+        another.kill()
+    new.kill()
+    assert old.expect("child ended") == ["resume", "parent"]
+    assert f"{place} was removed after this instance had found it" in old.log
+    serves(old, addresses)
+    assert not (place / PARENT_SOCKET).exists()
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_the_directory_is_removed_before_the_claim(
+    processes: Processes, meet: Path, *, made_again: bool
+) -> None:
+    """A new instance that others cannot find, or keep order with, fails with 75."""
+    addresses = free_addresses(1)
+    place = meet / "d"
+    old = processes.instance().serve(place, addresses)
+    new, alone = processes.instance(), processes.instance()
+    new.call("initialize", str(place), 1, {})
+    new.call("listen", addresses)
+    shutil.rmtree(place)
+    if made_again:
+        another = processes.instance()
+        assert another.call("initialize", str(place), 1, {}) == "first parent"
+        another.call("close")
+    with pytest.raises(Told, match=f"TakeoverError: {place} was removed"):
+        new.call("ready")
+    new.call("exit")
+    serves(old, addresses)
+    assert alone.call("initialize", str(place), 1, {}) == "first parent"
+
+
 def test_the_successor_was_itself_replaced(processes: Processes, meet: Path) -> None:
     """If another instance serves, the one that stands by leaves, and unlinks nothing of its."""
     addresses = [free_address(), str(meet / "app.sock")]

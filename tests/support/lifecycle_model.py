@@ -441,11 +441,11 @@ class Model:
         """Turn to the instance that serves; wait for one that stands by; or go on alone."""
         at = self._starts[me]
         after = bytearray(world)
+        if not world[DIRECTORY] or not self._at_home(world, me):
+            # Its turn is worth nothing where others meet now.
+            self._event(world, me, Event.FAILED, out)
+            return
         if not world[at + OWNS] & ASKING:
-            if not world[DIRECTORY] or not self._at_home(world, me):
-                # Its turn is worth nothing where others meet now.
-                self._event(world, me, Event.FAILED, out)
-                return
             after[at + OWNS] |= ASKING
             after[CHILD_NAME] = me + 1
         name = world[NAME]

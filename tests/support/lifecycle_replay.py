@@ -19,7 +19,6 @@ from tests.support.processes import Instance, Processes, Told, answer, connect
 
 NOT_BUILT = frozenset(
     {
-        "no look at the lock file",
         "no lock for serving",
     }
 )
@@ -179,20 +178,20 @@ class Replay:
         else:
             looks = life == model.WAITING or phase == model.CHECK
             if what == Event.NEWER_STARTED.name and looks:
-                self._is_overtaken(me)
+                self._is_refused(me, "Overtaken")
             elif life in (model.WAITING, model.STARTING, model.HOLDING):
                 self._leave_gate(move, me, life, phase)
             expected = "look" if what == Event.READY.name else "done"
             self._expect(me, expected, "event", what)
 
-    def _is_overtaken(self, me: int) -> None:
-        """Let the product look for a newer ticket, and give up because of it."""
+    def _is_refused(self, me: int, kind: str) -> None:
+        """Let the product look, at the tickets or at the directory, and give up because of it."""
         try:
             came = self._instances[me].call("go")
         except Told as error:
-            assert error.kind == "Overtaken", error  # noqa: PT017 -- a call that goes on is wrong
+            assert error.kind == kind, error  # noqa: PT017 -- a call that goes on is wrong
         else:
-            raise AssertionError(f"instance {me} is not overtaken: {came}")
+            raise AssertionError(f"instance {me} goes on, and is not refused ({kind}): {came}")
 
     def _leave_gate(self, move: Move, me: int, life: int, phase: int) -> None:
         """End what the product waits for, so that the driver hears of an event."""
@@ -201,10 +200,19 @@ class Replay:
             with contextlib.suppress(Told):
                 if self._instances[me].end() in ("connect", "look"):  # it had noticed by itself
                     self._give_up(me)
+        elif self._is_homeless(move.before, me, phase):
+            self._is_refused(me, "TakeoverError")
         elif life == model.WAITING or phase in _AT_GATE:
-            if phase == model.CLAIM:  # without a directory the name cannot be claimed
-                assert not move.before[model.DIRECTORY]
+            assert phase != model.CLAIM
             self._give_up(me)
+
+    def _is_homeless(self, before: bytes, me: int, phase: int) -> bool:
+        """Whether it comes next to a name in a directory that is not that of its locks."""
+        at = HEAD + SIZE * me
+        return (
+            phase in (model.CONNECT, model.CLAIM)
+            and before[at + model.HOME] != before[model.DIRECTORY]
+        )
 
     def _give_up(self, me: int) -> None:
         with contextlib.suppress(Told):

@@ -14,7 +14,7 @@ import dis
 import functools
 import sys
 from collections.abc import Iterator
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import CodeType, FunctionType
 
 
@@ -22,10 +22,15 @@ class Absent:
     """What `find` returns for a module that is not there, which has no names to look for."""
 
 
+class Unreadable:
+    """What `find` returns for code that this user may not read; it is believed to be complete."""
+
+
 def find(owner: str) -> object:
     """Return what a dotted path names: a module, a class or a list, or its code if not loaded.
 
-    None if its module does not have it; `Absent` if there is no such module.
+    None if its module does not have it; `Absent` if there is no such module, `Unreadable` if it
+    cannot be read.
     """
     parts = owner.split(".")
     for length in range(len(parts), 0, -1):
@@ -43,6 +48,8 @@ def has(owner: object, attribute: str) -> bool:
     A class has it if it defines it, or if a method of it, or of a base class, assigns it to
     ``self``; a list (gunicorn's settings) if one of its elements has that name.
     """
+    if owner is Unreadable:
+        return True
     if isinstance(owner, CodeType):
         return _assigns(owner, attribute)
     if isinstance(owner, list):
@@ -57,26 +64,30 @@ def has(owner: object, attribute: str) -> bool:
 
 
 @functools.cache
-def _code_of(owner: str) -> CodeType | type[Absent] | None:
+def _code_of(owner: str) -> CodeType | type[Absent | Unreadable] | None:
     """The compiled code of a module or of a class in it. The module is not run."""
+    try:
+        return _read(owner)
+    except OSError:  # gunicorn's workers can run as another user
+        return Unreadable
+
+
+def _read(owner: str) -> CodeType | type[Absent] | None:
     parts = owner.split(".")
+    spec: ModuleSpec | None = None
     path: list[str] | None = None
-    code: CodeType | None = None
     rest = parts
     while rest:
-        name = ".".join(parts[: len(parts) - len(rest) + 1])
-        spec = PathFinder.find_spec(name, path)
-        if spec is None:
+        found = PathFinder.find_spec(".".join(parts[: len(parts) - len(rest) + 1]), path)
+        if found is None:
             break
-        get_code = getattr(spec.loader, "get_code", None)
-        code = None if get_code is None else get_code(name)
-        path, rest = spec.submodule_search_locations, rest[1:]
+        spec, path, rest = found, found.submodule_search_locations, rest[1:]
         if path is None:  # a module: what follows is in it
             break
-    else:
-        return code or Absent
-    if path is not None and len(rest) > 1:
+    if spec is None or (path is not None and len(rest) > 1):
         return Absent
+    get_code = getattr(spec.loader, "get_code", None)
+    code: CodeType | None = None if get_code is None else get_code(spec.name)
     for part in rest:
         if code is not None:
             code = next((inner for inner in _inner(code) if inner.co_name == part), None)

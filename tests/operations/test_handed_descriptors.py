@@ -18,7 +18,7 @@ from tests.support.instances import WINDOW, demo, takes_over, up
 from tests.support.processes import DEADLINE, eventually, open_descriptors
 from tests.support.raw import Connection, request
 
-REFUSED = "Closed descriptors that are no connections of TCP or Unix"
+REFUSED = "Closed descriptors that are not TCP or Unix connections"
 RESET = struct.pack("ii", 1, 0)  # struct linger: close(2) sends a reset
 
 

@@ -602,7 +602,7 @@ def test_a_crash_after_the_window(processes: Processes, meet: Path) -> None:
     new.kill()
     assert old.expect("child ended") == ["leave", "replaced"]
     assert old.wait() == 0
-    assert "does not serve again" in old.log
+    assert "exited after the rollback window; not rolling back" in old.log
     assert not can_connect(addresses[0])
     last = processes.instance()
     assert last.call("initialize", str(meet), 1, {}) == "first parent"

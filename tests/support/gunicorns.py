@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STOPPED = instances.STOPPED
-STOPPED_OR_GONE = (STOPPED, "; leaving")
+STOPPED_OR_GONE = (STOPPED, "; exiting")
 """Without a window, workers that take longer than a second to stop accepting are stopped."""
 WORKERS = ("sync", "gthread", "gevent", "asgi", "uvicorn")
 EACH_WORKER = pytest.mark.parametrize("worker", WORKERS)

@@ -192,7 +192,7 @@ def test_usr2_is_the_whole_deploy(
             os.kill(pids[-1], signal.SIGUSR2)
             # All of them write to the log of the first.
             first.wait_for(TOOK_OVER, count=number)
-            first.wait_for("; leaving", count=number)
+            first.wait_for("; exiting", count=number)
             pids.append(int(pid_file.read_text()))
             load.wait(answers=50)
         report = load.stop()

@@ -96,18 +96,24 @@ def _read(owner: str) -> CodeType | type[Absent] | None:
 
 def _assigns(code: CodeType, name: str) -> bool:
     """Whether the code, or a function in it, defines the name or assigns it to ``self``."""
-    if name in code.co_names:
-        loaded: object = None
-        for step in dis.get_instructions(code):
-            if step.opname == "STORE_NAME" and step.argval == name:
-                return True
-            if step.opname == "STORE_ATTR" and step.argval == name and loaded == "self":
-                return True
-            if step.opname != "EXTENDED_ARG":
-                # Later Pythons load two variables at once; the object is the last of them.
-                is_pair = isinstance(step.argval, tuple) and step.argval
-                loaded = step.argval[-1] if is_pair else step.argval
+    if name in code.co_names and name in _assigned(code):
+        return True
     return any(_assigns(inner, name) for inner in _inner(code))
+
+
+@functools.cache
+def _assigned(code: CodeType) -> frozenset[str]:
+    """What the code itself defines, or assigns to ``self``."""
+    names: set[str] = set()
+    loaded: object = None
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_NAME" or (step.opname == "STORE_ATTR" and loaded == "self"):
+            names.add(step.argval)
+        if step.opname != "EXTENDED_ARG":
+            # Later Pythons load two variables at once; the object is the last of them.
+            is_pair = isinstance(step.argval, tuple) and step.argval
+            loaded = step.argval[-1] if is_pair else step.argval
+    return frozenset(names)
 
 
 def _inner(code: CodeType) -> Iterator[CodeType]:

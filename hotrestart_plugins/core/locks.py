@@ -5,7 +5,8 @@ holds one, and F_GETLK tells which process holds one.
 
 In the file ``lock``, byte 0 is held by the instance whose turn it is to take over. Byte 1 is held
 for a moment by an instance that looks who has the parent socket's name, and claims it or takes it
-back. Each later byte is held by one that stands by: it is ready to take the name back, for a
+back. Byte 2 is shared by those that serve, which are two until the old one hears that it is
+replaced. Each later byte is held by one that stands by: it is ready to take the name back, for a
 rollback. An instance that stands by since a later time has a later byte.
 
 In the file ``tickets``, an instance holds the byte whose number is its ticket from its start until
@@ -31,7 +32,8 @@ from hotrestart_plugins.errors import Busy
 _FLOCK = struct.Struct("@hhqqi")  # struct flock, fcntl(2): type, whence, start, len, pid
 _TURN = 0  # the byte of the turn
 _CLAIM = 1  # the byte of a claim
-_FIRST_STANDBY = 2  # those who stand by have this byte and the later ones
+_SERVES = 2  # the byte of those that serve
+_FIRST_STANDBY = 3  # those who stand by have this byte and the later ones
 _CLAIM_TIME = 0.5  # seconds that a claim is good for: it takes a millisecond
 _NEXT_TRY = 0.001  # seconds between two looks whether somebody's claim has ended
 _MAX_DIGITS = 18  # of a ticket: the number of a byte has 63 bits
@@ -58,6 +60,8 @@ class _LockFile:
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.users = 0
+        self.serving = 0
+        """How many instances in this process serve."""
         self.held: set[int] = set()
         """The bytes that this process holds, of those that several instances in it may want."""
         found = os.fstat(self.fd)
@@ -86,6 +90,10 @@ class _LockFile:
                 raise
             return False
         return True
+
+    def share(self, byte: int) -> None:
+        """Lock one byte, beside others that share it; raises OSError if that cannot be."""
+        fcntl.lockf(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, byte)
 
     def unlock(self, byte: int) -> None:
         """Free one byte."""
@@ -209,6 +217,7 @@ class DirectoryLocks:
         self._closed = False
         self._has_turn = False
         self._has_claim = False
+        self._serves = False
         self._standby_byte = 0  # 0: this instance does not stand by
 
     def are_current(self) -> bool:
@@ -297,6 +306,27 @@ class DirectoryLocks:
             self._file.held.discard(_CLAIM)
             self._file.unlock(_CLAIM)
 
+    def serve(self) -> None:
+        """Tell those that stand by that this instance serves, also if its name is lost."""
+        if not self._serves:
+            self._serves = True
+            self._file.serving += 1
+            with contextlib.suppress(OSError):  # there are too many locks: the name tells as much
+                self._file.share(_SERVES)
+
+    def stop_serving(self) -> None:
+        """No longer."""
+        if self._serves:
+            self._serves = False
+            self._file.serving -= 1
+            if not self._file.serving:
+                self._file.unlock(_SERVES)
+
+    def another_serves(self) -> bool:
+        """Whether another instance serves, in this process or in another one."""
+        in_this_process = self._file.serving > int(self._serves)
+        return in_this_process or self._file.holder(_SERVES, 1) is not None
+
     def stand_by(self) -> None:
         """Tell who finds the parent socket dead that this process will take it back."""
         if self._standby_byte:
@@ -334,5 +364,6 @@ class DirectoryLocks:
             self._closed = True
             self.end_turn()
             self._end_claim()
+            self.stop_serving()
             self.stand_down()
             self._file.close()

@@ -5,7 +5,7 @@
     volo_hot_restart_parent.sock   whoever serves answers here; claimed by rename, never unbound
     volo_hot_restart_child.sock    whoever takes over asks from here, one at a time
     lock                           byte 0: who takes over; 1: who claims the parent's name;
-                                   each later byte: one who stands by
+                                   2: who serves; each later byte: one who stands by
     tickets                        each byte: a living instance; later starts have later bytes
     record.lock                    held while the record of a takeover is written
     new.PID                        a parent socket on its way to its name

@@ -207,7 +207,8 @@ class TakeoverClient:
         told = False
         if connection is not None:
             connection.check()
-        with self._rendezvous.locks.claim(max(0.0, deadline - time.monotonic())) as claim:
+        locks = self._rendezvous.locks
+        with locks.claim(max(0.0, deadline - time.monotonic())) as claim:
             if connection is not None:
                 # Else nobody serves: this instance is ready, and a newer one takes over from it.
                 if not connection.parent_serves():
@@ -216,6 +217,7 @@ class TakeoverClient:
 
             def tell() -> None:
                 nonlocal told
+                locks.serve()
                 if connection is None:
                     return
                 try:
@@ -227,7 +229,10 @@ class TakeoverClient:
 
             try:
                 return (*self._rendezvous.claim_parent(tell, claim.check), told)
-            except ClaimExpired:
+            except BaseException as error:
+                locks.stop_serving()
+                if not isinstance(error, ClaimExpired):
+                    raise
                 if time.monotonic() < deadline:
                     return None
                 raise Busy(

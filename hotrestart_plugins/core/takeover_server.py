@@ -210,6 +210,7 @@ class TakeoverServer:
         if self.child is None or self.child.pid != pid:
             raise WrongPeer(f"pid {pid} wants this instance to go, but never asked for a listener")
         self._state.become(Role.REPLACED)
+        self._rendezvous.locks.stop_serving()
         self._passed_on = frozenset(self.child.given)
         self._journal.emit(events.REPLACED, pid=pid)
         for name in sorted(set(self._registry.names) - self._passed_on):
@@ -245,6 +246,8 @@ class TakeoverServer:
             # While that cannot be known (no descriptor is left to look with), the host calls again.
             left = self._is_served()
             failure = "" if left else self._take_back()
+            if not left:
+                self._rendezvous.locks.serve()
         self.forget_child()
         if left:
             self.stand_down()
@@ -293,10 +296,11 @@ class TakeoverServer:
 
     def _is_served(self) -> bool:
         """Whether somebody serves, or the new instance was stopped on purpose."""
-        if os.path.lexists(self._rendezvous.parent_path):
-            return self._rendezvous.parent_answers()
+        rendezvous = self._rendezvous
+        if rendezvous.parent_answers() or rendezvous.locks.another_serves():
+            return True
         # A name that went with its directory says nothing of how the new instance has ended.
-        return self._rendezvous.locks.are_current()
+        return not os.path.lexists(rendezvous.parent_path) and rendezvous.locks.are_current()
 
     def _take_back(self) -> str:
         """Claim the name again; why that failed, or empty."""

@@ -667,6 +667,20 @@ def test_the_directory_is_removed_before_the_successor_crashes(
     assert not (place / PARENT_SOCKET).exists()
 
 
+def test_the_directory_is_removed_while_a_third_serves(processes: Processes, meet: Path) -> None:
+    """It holds a lock that says so: the one that stands by longest does not serve beside it."""
+    addresses = free_addresses(1)
+    place = meet / "d"
+    old, new = stand_by(processes, place, addresses)
+    third = processes.instance().serve(place, addresses)
+    new.expect("replaced")
+    shutil.rmtree(place)
+    new.kill()
+    assert old.expect("child ended") == ["leave", "replaced"]
+    assert old.wait() == 0
+    serves(third, addresses)
+
+
 @pytest.mark.parametrize("made_again", [False, True])
 def test_the_directory_is_removed_before_the_claim(
     processes: Processes, meet: Path, *, made_again: bool

@@ -17,14 +17,7 @@ from tests.support import lifecycle_model as model
 from tests.support.lifecycle_model import HEAD, SIZE, STATES, Model, Options, Step, Violation
 from tests.support.processes import Instance, Processes, Told, answer, connect
 
-NOT_BUILT = frozenset(
-    {
-        "no lock for serving",
-    }
-)
-"""Rules of the model that the product does not follow yet: a replay does without them."""
-
-TODAY = Options(crashes=2, removals=1, broken=NOT_BUILT)
+TODAY = Options(crashes=2, removals=1)
 
 _STOPS_AT = {
     model.CONNECT: "connect",

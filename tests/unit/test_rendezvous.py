@@ -307,6 +307,28 @@ def test_one_claim_at_a_time(place: RendezvousDirectory, processes: Processes) -
     third.close()
 
 
+def test_who_serves(place: RendezvousDirectory, processes: Processes) -> None:
+    """It is known of another process, and of another instance in this one, until its end."""
+    second = RendezvousDirectory(place.directory)
+    place.locks.serve()
+    assert (place.locks.another_serves(), second.locks.another_serves()) == (False, True)
+    other = processes.python(HOLD, str(place.directory), "serve")
+    other.line()
+    second.locks.serve()
+    place.locks.stop_serving()
+    assert place.locks.another_serves()
+    assert second.locks.another_serves()
+    other.kill()
+    assert (place.locks.another_serves(), second.locks.another_serves()) == (True, False)
+    look = processes.python(
+        HOLD.replace('"held"', "place.locks.another_serves()"), str(place.directory), "stand_by"
+    )
+    assert look.line() == "True"
+    second.close()
+    assert not place.locks.another_serves()
+    assert place.locks.standing_by() == look.pid
+
+
 def test_what_a_killed_process_left_is_cleared(place: RendezvousDirectory) -> None:
     """A dead child's socket, and a parent socket that never got its name, are removed."""
     for name in (CHILD_SOCKET, "new.4194304", "new.4194304.old"):

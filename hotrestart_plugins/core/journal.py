@@ -30,9 +30,10 @@ class Journal:
         `traceback`: the error whose traceback goes into the log. `facts`: what else the record
         notes, by its name there. `fields`: the event's own.
         """
-        write(self.logger, event, traceback=traceback, **fields)
+        # First the record: whoever has seen the line may read there what it says.
         if self.record is not None and (event.step or event.outcome or facts):
             self.record.note(event.step, outcome=event.outcome, **(facts or {}))
+        write(self.logger, event, traceback=traceback, **fields)
 
 
 def journal_of(logger: Logger | Journal | None) -> Journal:

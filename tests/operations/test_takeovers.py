@@ -393,8 +393,17 @@ def overtaken(child: Instance, by: set[int], parent: Instance, addresses: list[s
 
 
 def took_ticket(meet: Path, number: int) -> None:
-    """So many tickets have been taken in all."""
-    eventually(lambda: (meet / "tickets").read_text() == f"{number}\n", f"ticket {number}")
+    """So many tickets have been taken in all, and nobody is in the midst of taking one."""
+
+    def taken() -> bool:
+        with (meet / "tickets").open("r+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            except BlockingIOError:
+                return False
+            return file.read() == f"{number}\n"
+
+    eventually(taken, f"ticket {number}")
 
 
 ORDERS = [

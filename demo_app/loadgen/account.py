@@ -114,7 +114,7 @@ class Account:
 
     async def until(self, condition: Condition) -> None:
         """Wait until the condition holds, or the load ended; it is looked at after each request."""
-        if not condition(self.report):
+        if not (self.report.ended or condition(self.report)):
             future = asyncio.get_running_loop().create_future()
             self._conditions[future] = condition
             try:

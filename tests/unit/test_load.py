@@ -678,6 +678,8 @@ def test_a_wait_ends_with_the_load(server: str) -> None:
     with LoadProcess(server, Mix(keep_alive=1), max_requests=5) as load:
         with pytest.raises(LoadError, match="ended before"):
             load.wait(failures=1, timeout=DEADLINE)
+        with pytest.raises(LoadError, match="ended before"):  # one that begins after the end
+            load.wait(failures=1, timeout=DEADLINE)
         assert load.stop().answered == 5
 
 

@@ -7,6 +7,7 @@ views of the same event; nothing writes either of them in another way.
 
 from __future__ import annotations
 
+import logging
 import string
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,7 +59,10 @@ def printable(value: object) -> object:
     """`value` itself if it is a number, else its text without control characters."""
     if isinstance(value, (int, float)):
         return value
-    return "".join(char if char.isprintable() else "?" for char in str(value))
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def write(
@@ -71,6 +75,13 @@ def write(
 ) -> None:
     """Write the event's line to the log, if it has one. `Journal.emit` is what to call."""
     if not event.level:
+        return
+    # A takeover of a thousand listeners has thousands of details, which mostly nobody reads.
+    if (
+        event.level == "debug"
+        and isinstance(logger, logging.Logger)
+        and not logger.isEnabledFor(logging.DEBUG)
+    ):
         return
     log = getattr(logger, event.level)
     if traceback is None:

@@ -37,8 +37,8 @@ def statuses() -> str:
     meaning = {
         0: "replaced or overtaken by a later instance, or stopped",
         2: "a command line that cannot be understood, such as an option that is not there",
-        errors.NotReady.status: "the app did not start, or not in time: mend it",
-        errors.TakeoverError.status: "could not take over: look at the line it left, start again",
+        errors.NotReady.status: "the app failed to start, or was not ready in time; fix the app",
+        errors.TakeoverError.status: "takeover failed; read the last log line, then retry",
         errors.ConfigurationError.status: "a setting, an address or a directory that cannot work",
     }
     rows = [f"| {status} | {text} |" for status, text in meaning.items()]

@@ -3,7 +3,7 @@
 ::
 
     HotRestartError
-    ├── ConfigurationError          yours to mend: an option, an address, a directory
+    ├── ConfigurationError          for you to fix: an option, an address, a directory
     │   ├── AddressError            an address that is none, or cannot be bound
     │   └── RendezvousError       a meeting directory that cannot be trusted or used
     ├── MessageError                bytes from the other side that are no message

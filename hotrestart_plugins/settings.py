@@ -68,8 +68,8 @@ class Option:
     flag: str
     """On the command line of hotrestart-uvicorn, if it is one of uvicorn's."""
     key: str
-    """Behind HOTRESTART_ in the environment; in lower case behind hotrestart_ in a gunicorn config
-    file."""
+    """What follows HOTRESTART_ in the environment, and in lower case hotrestart_ in a gunicorn
+    config file."""
     check: Callable[[object], Any]
     """From what was written to the value; raises ValueError or TypeError."""
     wants: str
@@ -117,7 +117,7 @@ OPTIONS = (
         "DIR",
         _directory,
         "a directory",
-        "Where the running instance and its successor meet. "
+        "Directory in which the running and the new instance find each other. "
         "Default: /run/hotrestart/ADDRESS for root, /tmp/hotrestart-UID/ADDRESS for others.",
         "DIR",
     ),
@@ -127,8 +127,8 @@ OPTIONS = (
         "TAKEOVER_TIMEOUT",
         _seconds,
         "a number of seconds greater than 0",
-        "Seconds to wait for each answer of the running instance; added to the ready timeout, for "
-        "another instance that is taking over.",
+        "Seconds to wait for each reply from the running instance. For another takeover to finish, "
+        "this instance waits that long plus the ready timeout.",
         "SECONDS",
     ),
     Option(
@@ -137,8 +137,8 @@ OPTIONS = (
         "READY_TIMEOUT",
         _seconds,
         "a number of seconds greater than 0",
-        "Seconds in which the app must be ready to serve, or this instance gives up and the "
-        "running one serves on.",
+        "Seconds within which the app must be ready. If it is not, this instance exits and the "
+        "running one keeps serving.",
         "SECONDS",
     ),
     Option(
@@ -147,7 +147,7 @@ OPTIONS = (
         "DRAIN_TIMEOUT",
         _seconds,
         "a number of seconds greater than 0",
-        "Seconds that an instance which was replaced may take to finish what it had accepted.",
+        "Seconds that a replaced instance has to finish the requests in flight.",
         "SECONDS",
     ),
     Option(
@@ -156,8 +156,8 @@ OPTIONS = (
         "ROLLBACK_WINDOW",
         _seconds_or_none,
         "a number of seconds, or 0 for none",
-        "Seconds after a takeover in which the replaced instance serves again if its successor "
-        "dies. 0: it leaves as soon as it has drained.",
+        "Seconds after a takeover during which the old instance serves again if the new one "
+        "crashes. 0: it exits as soon as it has drained.",
         "SECONDS",
     ),
     Option(
@@ -166,8 +166,8 @@ OPTIONS = (
         "PROBE",
         _text,
         "/path or module:function",
-        "Ask the app this before this instance is ready: a path that must answer with 2xx or 3xx, "
-        "or a function that must not fail.",
+        "Health check to pass before taking over: a path that must answer with 2xx or 3xx, or a "
+        "function that must not raise or return False.",
         "PATH|MODULE:FUNCTION",
     ),
     Option(
@@ -176,8 +176,8 @@ OPTIONS = (
         "NO_CONNECTION_HANDOVER",
         _switch,
         "1 or 0",
-        "Do not hand kept-alive connections over to the next instance: each is answered once more, "
-        "with Connection: close.",
+        "Do not hand kept-alive connections over to the next instance; answer each once more, with "
+        "Connection: close.",
     ),
     Option(
         "manual_usr2",
@@ -185,8 +185,8 @@ OPTIONS = (
         "MANUAL_USR2",
         _switch,
         "1 or 0",
-        "SIGUSR2 starts a second master beside the first, as gunicorn does by itself, and the rest "
-        "is left to further signals; else it starts the next instance, which takes over.",
+        "Leave SIGUSR2 to gunicorn: it starts a second master, and further signals do the rest. "
+        "Otherwise it starts the next instance, which takes over.",
         uvicorn=False,
     ),
     Option(

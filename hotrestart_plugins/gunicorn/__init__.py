@@ -18,8 +18,8 @@ Exit status of the master:
 ====  ==========================================================================
 0     it was stopped, or another instance has taken over
 1     the app could not be preloaded, and other ends of gunicorn's own
-3, 4  a worker or the app failed to start, or not in time: mend it
-75    it could not take over (EX_TEMPFAIL): mend what it says, start it again
+3, 4  the app failed to start, or was not ready in time; fix the app
+75    the takeover failed (EX_TEMPFAIL); read the last log line, then retry
 78    an option or an address cannot work (EX_CONFIG): start it with another one
 ====  ==========================================================================
 """

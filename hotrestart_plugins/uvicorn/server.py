@@ -169,7 +169,7 @@ class Server(DrainingServer):
         place = f"hangs at {where}" if where else f"waits in {self._step}"
         error = NotReady(
             f"the app was not ready within {self.settings.ready_timeout:g} s, it {place}: "
-            "mend it, or pass a longer --ready-timeout"
+            "fix it, or pass a longer --ready-timeout"
         )
         self._driver.fail(error, Event.READY_TIMED_OUT)
         self._takeover.close()

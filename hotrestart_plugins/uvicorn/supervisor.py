@@ -268,7 +268,7 @@ class WorkerCoordinator:
             self._fail(
                 NotReady(
                     f"the workers were not ready within {seconds:g} s: "
-                    "mend the app, or pass a longer --ready-timeout"
+                    "fix the app, or pass a longer --ready-timeout"
                 ),
                 Event.READY_TIMED_OUT,
             )

@@ -93,7 +93,7 @@ def test_a_startup_that_waits_is_named(
     args[args.index("app:app")] = "waits:app"
     child = place.start([*args, "--app-dir", str(tmp_path)])
     assert child.wait() == 3
-    assert "not ready within 1 s, it waits in the startup of its lifespan: mend it" in child.log
+    assert "not ready within 1 s, it waits in the startup of its lifespan: fix it" in child.log
 
 
 def test_an_import_that_hangs_can_be_stopped(place: Deploys, address: str, tmp_path: Path) -> None:

@@ -116,13 +116,7 @@ def _startup(server: Arbiter, settings: Callable[[], Settings]) -> Startup | Non
 def _supported(server: Arbiter, chosen: Settings, journal: Journal) -> bool:
     """Say what the installed gunicorn lacks; whether hot restart works without it."""
     lacking = table.check(arbiter.NAMES)
-    for feature, names in lacking.items():
-        journal.emit(
-            events.NAMES_MISSING,
-            server=f"gunicorn {arbiter.VERSION}",
-            names=", ".join(f"{name.owner}.{name.attribute}" for name in names),
-            instead=feature.value,
-        )
+    table.say(lacking, journal)
     ready = say_what_is_missing(arbiter.worker_class(server), journal, has_probe=bool(chosen.probe))
     return ready and table.Feature.HOT_RESTART not in lacking
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from gunicorn import __version__, config, errors, systemd
+from gunicorn import config, errors, systemd
 from gunicorn import sock as gunicorn_sock
 
 from hotrestart_plugins.gunicorn._compat.interfaces import Arbiter, Config, Listener, Setting
@@ -76,8 +76,6 @@ NAMES = (
 )
 """What `hotrestart_plugins.gunicorn` uses of the arbiter."""
 
-VERSION: str = __version__
-"""Of the gunicorn that is installed."""
 
 HaltServer: type[BaseException] = getattr(errors, "HaltServer", SystemExit)
 """What ends gunicorn's main loop; made with a reason and an exit status."""

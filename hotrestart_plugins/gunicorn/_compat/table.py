@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from hotrestart_plugins.core import private_names
+import gunicorn
+
+from hotrestart_plugins.core import events, private_names
+from hotrestart_plugins.core.journal import Journal
 
 
 class Feature(enum.Enum):
@@ -68,3 +71,14 @@ def missing(names: Iterable[Name]) -> dict[Feature, list[Name]]:
         if not private_names.has(private_names.find(name.owner), name.attribute):
             found.setdefault(name.feature, []).append(name)
     return found
+
+
+def say(lacking: Mapping[Feature, Sequence[Name]], journal: Journal) -> None:
+    """Log each feature that is off in a line of its own, with the names that it needs."""
+    for feature, names in lacking.items():
+        journal.emit(
+            events.NAMES_MISSING,
+            server=f"gunicorn {gunicorn.__version__}",
+            names=", ".join(f"{name.owner}.{name.attribute}" for name in names),
+            instead=feature.value,
+        )

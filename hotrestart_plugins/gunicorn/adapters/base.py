@@ -9,11 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import gunicorn
-
-from hotrestart_plugins.core import events
 from hotrestart_plugins.core.journal import Journal
 from hotrestart_plugins.draining.stats import DrainStats
+from hotrestart_plugins.gunicorn._compat import table
 from hotrestart_plugins.gunicorn._compat.table import Feature, Name
 from hotrestart_plugins.gunicorn._compat.workers import GunicornWorker, known_class, missing_in
 
@@ -122,13 +120,7 @@ def say_what_is_missing(worker_class: type, journal: Journal, *, has_probe: bool
     """
     if worker_class not in _said:
         _said.add(worker_class)
-        for feature, names in _switched_off(worker_class, has_probe=has_probe).items():
-            journal.emit(
-                events.NAMES_MISSING,
-                server=f"gunicorn {gunicorn.__version__}",
-                names=", ".join(f"{name.owner}.{name.attribute}" for name in names),
-                instead=feature.value,
-            )
+        table.say(_switched_off(worker_class, has_probe=has_probe), journal)
     return Feature.HOT_RESTART not in missing_in(worker_class)
 
 
